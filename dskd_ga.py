@@ -2,16 +2,15 @@
 """DSKD-CMA-GA: distil a large language model into a small one that has another tokenizer.
 
 Reference implementation of "Dual-Space Knowledge Distillation with Key-Query Matching for Large Language
-Models with Vocabulary Mismatch" (Tsiapali, Do, Knill; ICASSP 2026; arXiv:2603.22056 v1) in one file: data,
-models, objective, training on any number of processes, evaluation. Needs torch, transformers, rouge-score,
-numpy.
+Models with Vocabulary Mismatch" (Tsiapali, Do, Knill; ICASSP 2026; arXiv:2603.22056 v1), in one file.
 
     python dskd_ga.py --demo                                 # 2 CPU cores, minutes, no download
     python dskd_ga.py --div skl --ga                         # one GPU, the paper's setting
     torchrun --nproc_per_node=4 dskd_ga.py --div skl --ga    # the same run on four
 
 Contents: 1 arguments, 2 data, 3 models, 4 divergences, 5 alignment, 6 key-query matching, 7 objective,
-8 training, 9 evaluation, 10 demo, 11 main. Each section begins with its number; sections 4-7 are the paper.
+8 training, 9 evaluation, 10 demo, 11 main. Sections 4-7 are the paper, as functions of tensors.
+Not here: key-query matching by conditional transport, eq. (15), and the baselines ULD and MinED.
 
 Departures from the paper (marked "NOT IN PAPER" where they happen)
   1. KD^{t->s} counts only positions where argmax q^{t->s} is the gold token, as in the authors' code;
@@ -27,18 +26,18 @@ Departures from the paper (marked "NOT IN PAPER" where they happen)
      evaluation, a prompt over the limit keeps its end.
 
 Glossary: B sequences, S and T student and teacher response positions, V_s and V_t vocabularies
-  paper            code           shape                equation
-  e^s, e^t         e_s_*, e_t_*   (B, S|T, d_s|d_t)    (1), (2): embeddings of the tokens read and predicted
-  h^s, h^t         h_s, h_t       (B, S|T, d_s|d_t)    (4), (5): last hidden states, after the final norm
-  Q, K             q, k           (B, S|T, 2 d_t)      (1), (2)
-  P_Q              proj.query     2 d_s -> 2 d_t       (1)
-  A^{t->s,s->t}    a_t2s, a_s2t   (B, S, T), (B, T, S) (3), CLP (12), CLA (13)
-  P^{s->t}, P^{t->s}  proj.s2t, proj.t2s               (4), (5)
-  V^{s->t}, V^{t->s}  v_s2t, v_t2s  (B, S|T, d_t|d_s)  (4), (5)
-  h^{t->s,s->t}    h_t2s, h_s2t   (B, S|T, d_s|d_t)    (6)
-  W^s, W^t         W_s, W_t       (V_s|V_t, d_s|d_t)   (7): prediction heads
-  M^{t->s}         chunks         (B, S, T)            (10), (11)
-  D                Discriminator  2 d_t -> logit       (14)
+  paper               code           shape                 equation
+  e^s, e^t            e_s_*, e_t_*   (B, S|T, d_s|d_t)     (1), (2): embeddings of tokens read and predicted
+  h^s, h^t            h_s, h_t       (B, S|T, d_s|d_t)     (4), (5): last hidden states, after the final norm
+  Q, K                q, k           (B, S|T, 2 d_t)       (1), (2)
+  P_Q                 proj.query     2 d_s -> 2 d_t        (1)
+  A^{t->s}, A^{s->t}  a_t2s, a_s2t   (B, S, T), (B, T, S)  (3); CLP (12), CLA (13)
+  P^{s->t}, P^{t->s}  proj.s2t, .t2s d_s -> d_t, d_t -> d_s  (4), (5)
+  V^{s->t}, V^{t->s}  v_s2t, v_t2s   (B, S|T, d_t|d_s)     (4), (5)
+  h^{t->s}, h^{s->t}  h_t2s, h_s2t   (B, S|T, d_s|d_t)     (6)
+  W^s, W^t            W_s, W_t       (V_s|V_t, d_s|d_t)    (7): prediction heads
+  M^{t->s}            chunks         (B, S, T)             (10), (11)
+  D                   Discriminator  2 d_t -> logit        (14)
 """
 import argparse, contextlib, itertools, json, math, os, pathlib, random, re, resource, shlex, shutil
 import statistics, string, sys, time
@@ -81,25 +80,23 @@ def build_parser():
     g.add_argument("--method", choices=("cma", "clp", "cla", "sft"), default="cma",
                    help="cma: attention, eq. (3); clp, cla: chunks, eqs. (12), (13); sft: no teacher")
     g.add_argument("--ga", action="store_true", help="add the adversary on keys and queries, eq. (14)")
-    g.add_argument("--div", choices=DIVERGENCES, default="skl", help="f of KD^{t->s}; without --ga try srkl")
-    g.add_argument("--demo", action="store_true", help="make and run a small case; --out and --seed count")
+    g.add_argument("--div", choices=DIVERGENCES, default="skl", help="f of KD^{t->s}; try srkl without --ga")
+    g.add_argument("--demo", action="store_true",
+                   help="make small tasks, tokenizers and models, and run them; heeds --out and --seed only")
     g.add_argument("--eval-only", metavar="MODEL", help="evaluate this folder or hub id, train nothing")
-    g.add_argument("--out", metavar="FOLDER", default="runs", help="parent of all output; teacher is shared")
-    g.add_argument("--name", help="the run's folder below --out, where several have one method and seed")
-
+    g.add_argument("--out", metavar="FOLDER", default="runs", help="where runs go; they share a teacher")
+    g.add_argument("--name", help="the run's folder in it; made of method, div and seed if not given")
     g = parser.add_argument_group("models: folders or hub ids of causal language models")
     g.add_argument("--student", default="openai-community/gpt2", help="the model to train")
     g.add_argument("--teacher", default="Qwen/Qwen1.5-1.8B", help="the model to learn from")
     g.add_argument("--teacher-ready", action="store_true", help="do not fine-tune it on --data first")
-    g.add_argument("--teacher-epochs", type=float, default=10, help="length of that fine-tuning")
-    g.add_argument("--teacher-lr", type=float, default=2e-5, help="learning rate of that fine-tuning")
-
+    g.add_argument("--teacher-epochs", type=float, default=10, help="length of the teacher's fine-tuning")
+    g.add_argument("--teacher-lr", type=float, default=2e-5, help="its learning rate there")
     g = parser.add_argument_group("data: JSON lines of instruction, input, output, or of prompt, output")
     g.add_argument("--data", metavar="SOURCE", default="MiniLLM/dolly", help="folder or hub id of raw.jsonl")
-    g.add_argument("--dev-rows", type=int, default=1000, help="its first rows, to choose the checkpoint by")
-    g.add_argument("--max-prompt", type=int, default=256, help="longest prompt; training drops rows over it")
-    g.add_argument("--max-length", type=int, default=512, help="where prompt and response are cut")
-
+    g.add_argument("--dev-rows", type=int, default=1000, help="first rows, held out to choose the checkpoint")
+    g.add_argument("--max-prompt", type=int, default=256, help="training drops prompts over it")
+    g.add_argument("--max-length", type=int, default=512, help="tokens of prompt and response in all")
     g = parser.add_argument_group("objective")
     g.add_argument("--temperature", type=float, default=2.0, help="tau, on both sides of the divergences")
     g.add_argument("--skew", type=float, default=0.1, help="a of skl and srkl")
@@ -107,7 +104,6 @@ def build_parser():
     g.add_argument("--all-positions", action="store_true",
                    help="KD^{t->s} everywhere, eq. (8) to the letter, not only where argmax q^{t->s} is gold")
     g.add_argument("--s2t-div", choices=DIVERGENCES, default="kl", help="f of KD^{s->t}; eq. (8) has --div's")
-
     g = parser.add_argument_group("optimisation: AdamW with a cosine to 1e-7")
     g.add_argument("--epochs", type=float, default=20, help="length of training, a fraction allowed")
     g.add_argument("--batch-size", type=int, default=32, help="sequences a step, over all processes")
@@ -119,8 +115,7 @@ def build_parser():
     g.add_argument("--dropout", type=float, help="every rate, instead of the student's own and D's 0.1")
     g.add_argument("--seed", type=int, default=10, help="of initialisation, row order, dropout, dev sampling")
     g.add_argument("--save-every", type=int, default=500, help="steps between saves, besides one an epoch")
-    g.add_argument("--log-every", type=int, default=10, help="steps that leave the device together")
-
+    g.add_argument("--log-every", type=int, default=10, help="steps whose log lines are written together")
     g = parser.add_argument_group("evaluation: sampling at temperature 1")
     g.add_argument("--tests", metavar="NAME=FILE", nargs="+", default=TEST_SETS,
                    help="local files or ORG/DATASET/FILE of the hub; OOD is the mean of all but the first")
@@ -128,7 +123,7 @@ def build_parser():
     g.add_argument("--eval-limit", type=int, help="first rows of each test set only, for a quick look")
     g.add_argument("--eval-batch", type=int, default=64, help="prompts at a time; the samples depend on it")
     g.add_argument("--max-new-tokens", type=int, default=256, help="longest response")
-    g.add_argument("--no-repeat-ngram", type=int, default=6, help="no n-gram twice in the tests; 0 allows it")
+    g.add_argument("--no-repeat-ngram", type=int, default=6, help="tests repeat no n-gram; 0 lets them")
     return parser
 
 # 2. Data: text row -> token ids and character spans -> padded batch =========================================
@@ -295,8 +290,8 @@ def load_model(source, tokenizer, device, dtype=None, dropout=None):
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     gap = (head_of(model)(hidden) - own).abs().max().item()
     if gap > 0.01 * own.abs().max().item():
-        raise InputError(f"{source}: found logits {gap:.3g} away from those of trunk and head, expected a linear"
-                         f" head in {type(model).__name__}, with at most final_logit_softcapping after it")
+        raise InputError(f"{source}: found logits {gap:.3g} away from those of trunk and head, expected that "
+                         f"{type(model).__name__} has a linear head, with at most a final_logit_softcapping")
     model.generation_config = GenerationConfig()  # without sampling defaults of its own
     return model
 
@@ -646,19 +641,19 @@ def open_run(folder, args):
     ones."""
     path, skip = folder / "args.json", NOT_IDENTITY | (TEACHER_ONLY if args.method == "sft" else set())
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in skip}
-    if not path.exists():
-        run = dict(command=shlex.join(sys.argv), settings=settings, processes=world()[1], finished=False,
-                   torch=torch.__version__, transformers=transformers.__version__, python=sys.version)
-        if world()[0] == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, run)
+    if path.exists():
+        run = json.loads(path.read_text())
+        old = run["settings"]
+        differing = "; ".join(f"{name} was {old.get(name)}, is {value}" for name, value in settings.items()
+                              if old.get(name) != value)
+        if differing:
+            raise InputError(f"{path}: found a run with other settings ({differing}), expected the same")
         return run
-    run = json.loads(path.read_text())
-    old = run["settings"]
-    differing = "; ".join(f"{name} was {old.get(name)}, is {settings[name]}" for name in settings
-                          if old.get(name) != settings[name])
-    if differing:
-        raise InputError(f"{path}: found a run with other settings ({differing}), expected the same")
+    run = dict(command=shlex.join(sys.argv), settings=settings, processes=world()[1], finished=False,
+               torch=torch.__version__, transformers=transformers.__version__, python=sys.version)
+    if world()[0] == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, run)
     return run
 
 def append_log(path, lines):
@@ -742,18 +737,19 @@ def train(args, folder, device, teacher_source=None):
     model = Distiller(student, teacher, args).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=1e-7)
-    step, best, state_path, log_path = 0, -1.0, folder / "state.pt", folder / "log.jsonl"
+    parts = dict(model=model, optimizer=optimizer, schedule=schedule)
+    done, best, state_path, log_path = 0, -1.0, folder / "state.pt", folder / "log.jsonl"
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
-        for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
+        for name, part in parts.items():
             part.load_state_dict(state[name])
-        step, best = state["step"], state["best"]
+        done, best = state["step"], state["best"]
     if rank == 0:  # the lines of steps that will be done again go
-        kept = [line for line in open(log_path) if json.loads(line)["step"] <= step] if step else []
+        kept = [line for line in open(log_path) if json.loads(line)["step"] <= done] if done else []
         write_atomically(log_path, lambda file: file.write("".join(kept).encode()))
     parallel = nn.parallel.DistributedDataParallel(model) if processes > 1 else model
 
-    def validate():
+    def validate(step):
         """Logs dev loss and ROUGE-L; keeps the student if it is the best so far."""
         nonlocal best
         model.eval()
@@ -765,23 +761,21 @@ def train(args, folder, device, teacher_source=None):
             save_model(student, tokenizers[0], folder / "best")
         best = max(best, scores["rougeL"])
 
-    if step == 0:
+    if done == 0:
         append_log(log_path, [dict(step=0, steps=total_steps, rows=len(data[0]), dropped=dropped)])
-        validate()
-    plan, planned, pending, since = None, None, [], time.perf_counter()
-    bar = tqdm(total=total_steps, initial=step, desc=folder.name, disable=None if rank == 0 else True)
-    while step < total_steps:
-        epoch, index = divmod(step, epoch_steps)
-        if epoch != planned:
-            plan, planned = plan_epoch(lengths, args.batch_size, args.micro_batch, args.seed, epoch), epoch
+        validate(0)
+    sizes = lengths, args.batch_size, args.micro_batch, args.seed
+    plan = itertools.chain.from_iterable(plan_epoch(*sizes, epoch) for epoch in itertools.count())
+    bar = tqdm(itertools.islice(plan, done, total_steps), desc=folder.name, total=total_steps, initial=done,
+               disable=None if rank == 0 else True)
+    pending, since = [], time.perf_counter()
+    for step, micro_batches in enumerate(bar, done + 1):
         model.train()
-        line, sums = backward_passes(parallel, teacher, data, pads, plan[index], step, args, device)
+        line, sums = backward_passes(parallel, teacher, data, pads, micro_batches, step, args, device)
         norm, lr = nn.utils.clip_grad_norm_(model.parameters(), args.clip), schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        step += 1
-        bar.update()
         pending.append((dict(step=step, epoch=step / epoch_steps, lr=lr) | line, sums, norm))
         epoch_ends = step % epoch_steps == 0 or step == total_steps
         saves = epoch_ends or step % args.save_every == 0
@@ -793,16 +787,13 @@ def train(args, folder, device, teacher_source=None):
             broken = {name: line["step"] for line in lines for name in line if not math.isfinite(line[name])}
             if broken:
                 raise FloatingPointError(f"{log_path}: found terms that are not finite, at steps {broken}")
-            pending = []
         if epoch_ends:
-            validate()
+            validate(step)
         if saves and rank == 0:
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         schedule=schedule.state_dict(), step=step, best=best)
+            state = {name: part.state_dict() for name, part in parts.items()} | dict(step=step, best=best)
             write_atomically(state_path, lambda file: torch.save(state, file))
-        if not pending:
-            since = time.perf_counter()
-    bar.close()
+        if saves or step % args.log_every == 0:
+            pending, since = [], time.perf_counter()
     if rank == 0:
         write_json(folder / "args.json", run | dict(finished=True))
     if processes > 1:

@@ -1,0 +1,475 @@
+"""Tests of dskd_ga.py: values and gradients against float64 oracles written out here, invariances, training.
+
+The oracles know neither padding nor slices: they loop over rows, positions or vocabulary, or are dense.
+"""
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from dskd_ga import (Discriminator, Head, Projectors, chunk_alignment, chunk_projection,
+                     cross_model_attention, divergence, dual_space_losses, ga_loss, ga_terms, head_losses,
+                     std_normalise)
+
+torch.set_num_threads(1)  # the tensors are tiny
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def normal(*shape, grad=False):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+
+def same(found, expected, tol=1e-10):
+    torch.testing.assert_close(found, expected, rtol=tol, atol=tol)
+
+
+def gradients(value, leaves):
+    """d value / d leaf for each leaf, 0 where there is no path; the graph is kept."""
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(leaf) for leaf in leaves)
+    return torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+
+def same_with_gradients(found, expected, leaves, tol=1e-10):
+    """Equal values, and equal gradients of a random linear combination of the entries."""
+    same(found, expected, tol)
+    weights = torch.randn_like(expected)
+    same(gradients((found * weights).sum(), leaves), gradients((expected * weights).sum(), leaves), tol)
+
+
+def padded(rows, fill, extra=0):
+    """[(n, ...), ...] -> (B, longest n + extra, ...) with `fill` under the padding, and the mask."""
+    length = max(len(row) for row in rows) + extra
+    block = [torch.cat([row, row.new_full((length - len(row), *row.shape[1:]), fill)]) for row in rows]
+    return torch.stack(block), torch.tensor([[i < len(row) for i in range(length)] for row in rows])
+
+
+def padded_maps(maps, fill=0, extra=0):
+    """[(n, m), ...] -> (B, longest n + extra, longest m + extra)."""
+    n, m = (max(x.shape[axis] for x in maps) + extra for axis in (0, 1))
+    pad = lambda x: nn.functional.pad(x, (0, m - x.shape[1], 0, n - x.shape[0]), value=fill)
+    return torch.stack([pad(x) for x in maps])
+
+
+def bools(*rows):
+    return torch.tensor([[c == "1" for c in row] for row in rows], dtype=torch.bool)
+
+
+# Three rows of different lengths, chunks of student tokens (down) and teacher tokens (across). Some tokens at
+# the end are in no chunk, as when the other side is truncated.
+CHUNKS = [bools("110", "001", "001", "000"), bools("11000", "11000"), bools("1", "1", "1", "0", "0")]
+S_LENGTHS, T_LENGTHS = [len(m) for m in CHUNKS], [m.shape[1] for m in CHUNKS]
+
+
+# ------------------------------------------------------------------------------ divergences
+def slow_divergence(name, z_s, z_t, tau, skew=0.1, head_mass=0.5):
+    p, q = ((z / tau).exp() / (z / tau).exp().sum(-1, keepdim=True) for z in (z_t, z_s))
+    kl = lambda a, b: (a * (a / b).log()).sum(-1)
+    if name != "akl":
+        return {"kl": lambda: kl(p, q), "rkl": lambda: kl(q, p),
+                "jsd": lambda: kl(p, (p + q) / 2) / 2 + kl(q, (p + q) / 2) / 2,
+                "skl": lambda: kl(p, skew * p + (1 - skew) * q),
+                "srkl": lambda: kl(q, (1 - skew) * p + skew * q)}[name]()
+    values = []
+    for p_i, q_i in zip(p.flatten(0, -2), q.flatten(0, -2)):
+        gap, mass, g_head = (p_i - q_i).abs().detach(), 0.0, 0.0
+        for v in sorted(range(len(p_i)), key=lambda v: -p_i[v].item()):
+            if mass >= head_mass:
+                break
+            mass, g_head = mass + p_i[v].item(), g_head + gap[v]
+        g_tail = gap.sum() - g_head
+        values.append((g_head * kl(p_i, q_i) + g_tail * kl(q_i, p_i)) / (g_head + g_tail))
+    return torch.stack(values).view(p.shape[:-1])
+
+
+every_divergence = pytest.mark.parametrize("name", ["kl", "rkl", "jsd", "skl", "srkl", "akl"])
+
+
+@every_divergence
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_divergence(name, tau):
+    z_s, z_t = normal(3, 4, 9, grad=True), (3 * normal(3, 4, 9)).requires_grad_()
+    same_with_gradients(divergence(name, z_s, z_t, tau), slow_divergence(name, z_s, z_t, tau), [z_s, z_t])
+    same(divergence(name, z_s, z_t, tau, 0.3, 0.9), slow_divergence(name, z_s, z_t, tau, 0.3, 0.9))
+    half_s, half_t = z_s.bfloat16(), z_t.bfloat16()
+    same(divergence(name, half_s, half_t, tau),
+         slow_divergence(name, half_s.double(), half_t.double(), tau).float(), 1e-5)
+
+
+@every_divergence
+def test_divergence_of_extreme_logits(name):
+    z_s, z_t, gone = normal(4, 9, grad=True), normal(4, 9), torch.arange(9) % 3 == 1
+    finite = lambda value: value.isfinite().all() and gradients(value.sum(), [z_s])[0].isfinite().all()
+    # -inf on both sides: as if these vocabulary entries did not exist
+    found = divergence(name, z_s.masked_fill(gone, -INF), z_t.masked_fill(gone, -INF))
+    same_with_gradients(found, slow_divergence(name, z_s[:, ~gone], z_t[:, ~gone], 2.0), [z_s])
+    # on one side: finite, and equal to the limit wherever the formula has a finite one
+    for logits, infinite in ((lambda x: (z_s.masked_fill(gone, x), z_t), ("kl", "akl")),
+                             (lambda x: (z_s, z_t.masked_fill(gone, x)), ("rkl", "akl"))):
+        found = divergence(name, *logits(-INF))
+        assert finite(found) and finite(divergence(name, *(z.float() for z in logits(-INF))))
+        if name not in infinite:
+            same_with_gradients(found, slow_divergence(name, *logits(-150.0), 2.0), [z_s])
+    for dtype in (torch.float32, torch.bfloat16):
+        huge_s, huge_t = 1e4 * torch.randint(-1, 2, (2, 4, 9))
+        found = divergence(name, (huge_s + 0 * z_s).to(dtype), huge_t.to(dtype), 1.0)
+        assert finite(found) and found.min() >= 0 and found.max() > 0
+
+
+def test_divergence_properties():
+    z_s, z_t = normal(5, 9), normal(5, 9)
+    for name in ("kl", "rkl", "jsd", "skl", "srkl", "akl"):
+        same(divergence(name, z_s, z_s), torch.zeros_like(z_s[:, 0]))
+    same(divergence("jsd", z_s, z_t), divergence("jsd", z_t, z_s))
+    same(divergence("skl", z_s, z_t, skew=0), divergence("kl", z_s, z_t))
+    same(divergence("srkl", z_s, z_t, skew=0), divergence("rkl", z_s, z_t))
+    with pytest.raises(ValueError, match="tvd"):
+        divergence("tvd", z_s, z_t)
+    with pytest.raises(ValueError, match="shape"):
+        divergence("kl", z_s, z_t[:1])  # would broadcast
+
+
+# ------------------------------------------------------------------------------ alignment
+@pytest.mark.parametrize("garbage, extra", [(0.0, 0), (NAN, 1), (INF, 3), (1e30, 2)])
+def test_std_normalise(garbage, extra):
+    rows = [(n * normal(n, 5) + mean).requires_grad_() for n, mean in ((4, 3), (1, 0), (6, 9))]
+    expected, _ = padded([row / row.std() for row in rows], 0, extra)
+    same_with_gradients(std_normalise(*padded(rows, garbage, extra)), expected, rows)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0, 0.1])
+def test_std_normalise_leaves_equal_entries_as_they_are(value):
+    x, mask = padded([torch.full((3, 7), value, requires_grad=True), torch.randn(5, 7)], NAN)
+    found = std_normalise(x, mask)
+    assert found.isfinite().all() and gradients(found.sum(), [x])[0].isfinite().all()
+    same(found[0, :3], x[0, :3], 1e-6)
+
+
+def slow_attention(q, k, chunks):
+    """q (n, w), k (m, w), chunks (n, m): for each query, softmax over the keys in its chunk."""
+    result = torch.zeros_like(chunks, dtype=torch.float64)
+    for i, q_i in enumerate(q):
+        keys = [j for j in range(len(k)) if chunks[i, j]]
+        if keys:
+            weights = [(sum(a * b for a, b in zip(q_i, k[j])) / math.sqrt(len(q_i))).exp() for j in keys]
+            result[i, keys] = torch.stack(weights) / sum(weights)
+    return result
+
+
+@pytest.mark.parametrize("with_chunks", [False, True])
+def test_cross_model_attention(with_chunks):
+    q_rows, k_rows = ([normal(n, 4, grad=True) for n in lengths] for lengths in (S_LENGTHS, T_LENGTHS))
+    allowed = CHUNKS if with_chunks else [torch.ones_like(m) for m in CHUNKS]
+    expected = ([slow_attention(*row) for row in zip(q_rows, k_rows, allowed)],
+                [slow_attention(k, q, m.T) for q, k, m in zip(q_rows, k_rows, allowed)])
+    for garbage, extra in ((0.0, 0), (NAN, 2), (1e30, 1)):
+        (q, s_mask), (k, t_mask) = padded(q_rows, garbage, extra), padded(k_rows, -garbage, extra)
+        chunks = padded_maps(CHUNKS, True, extra) if with_chunks else None
+        for found, reference in zip(cross_model_attention(q, k, s_mask, t_mask, chunks), expected):
+            reference = padded_maps(reference, extra=extra)
+            same_with_gradients(found, reference, q_rows + k_rows)
+            assert (found[reference == 0] == 0).all()  # exactly: padding, and rows without a chunk
+            same(found.sum(-1), (reference > 0).any(-1).double())
+            assert all(g.isfinite().all() for g in gradients((found ** 2).sum(), [q, k]))
+
+
+def test_chunk_projection():
+    s_mask, t_mask = bools("1110"), bools("11110")
+    chunks = bools("11000", "00000", "00111", "00111")[None]  # the last chunk reaches into the padding
+    maps = chunk_projection(chunks, s_mask, t_mask)
+    same(maps[0], torch.tensor([[[0.5, 0.5, 0, 0, 0], [0] * 5, [0, 0, 0.5, 0.5, 0], [0] * 5]]))
+    same(maps[1], torch.tensor([[[1.0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0] * 4]]))
+
+
+@pytest.mark.parametrize("case, s_text, t_text, expected", [  # "13" is the span (1, 3), "$" the end of text
+    ("equal", "02 25 $", "02 25 $", "100 010 001"),
+    ("one to many", "04 46", "01 14 46", "110 001"),
+    ("many to many", "03 35 58", "02 25 58", "110 110 001"),
+    ("space in no span", "03 47", "03 37", "10 01"),
+    ("character split", "01 12 12", "01 12", "10 01 01"),
+    ("character split on both sides", "01 12 12", "01 12 12", "100 011 011"),
+    ("token ends inside a character", "02 24 34 45", "02 23 34 45", "1000 0110 0110 0001"),
+    ("next token goes on in that character", "02 24 36", "02 24 46", "100 011 011"),
+    ("end of text", "01 13 $", "03 $", "10 10 01"),
+    ("end of text on one side", "02 23 $", "02 23", "10 01 00"),
+    ("truncated inside a token", "02 24", "02 26 67 $", "1000 0000"),
+    ("truncated between tokens", "02 24", "01 14 46 $", "1100 1100"),
+    ("no common cut", "02", "03 $", "00"),
+    ("one token", "05", "05", "1"),
+    ("empty text", "$", "$", "1"),
+    ("empty side", "", "02 $", ""),
+    ("both empty", "", "", "")])
+def test_chunk_alignment(case, s_text, t_text, expected):
+    s_spans, t_spans = ([(-1, -1) if x == "$" else (int(x[0]), int(x[1])) for x in text.split()]
+                        for text in (s_text, t_text))
+    expected = bools(*expected.split()).view(len(s_spans), len(t_spans))
+    assert torch.equal(chunk_alignment(s_spans, t_spans), expected)
+    assert torch.equal(chunk_alignment(t_spans, s_spans), expected.T)
+
+
+def chunk_walk(s_spans, t_spans):
+    """The side that is behind moves on; where both sides end, but not inside a character, a chunk closes."""
+    result = torch.zeros(len(s_spans), len(t_spans), dtype=torch.bool)
+    s_text, t_text = ([span for span in spans if span != (-1, -1)] for spans in (s_spans, t_spans))
+    inside = lambda text, n: n + 1 < len(text) and text[n + 1][0] < text[n][1]
+    i = j = first_i = first_j = 0
+    while i < len(s_text) and j < len(t_text):
+        s_end, t_end = s_text[i][1], t_text[j][1]
+        if s_end < t_end or s_end == t_end and inside(s_text, i):
+            i += 1
+        elif t_end < s_end or inside(t_text, j):
+            j += 1
+        else:
+            result[first_i:i + 1, first_j:j + 1] = True
+            i, j = first_i, first_j = i + 1, j + 1
+    if (-1, -1) in s_spans and (-1, -1) in t_spans:
+        result[-1, -1] = True
+    return result
+
+
+def test_chunk_alignment_is_the_chunk_walk():
+    rng = random.Random(0)
+    for _ in range(300):
+        # tokens are runs of bytes, so they also end inside characters; some rows are truncated
+        character_of_byte = [c for c in range(rng.randint(1, 12)) for _ in range(rng.choice((1, 1, 2, 3)))]
+        n, sides = len(character_of_byte), []
+        for _ in range(2):
+            cuts = [0, *sorted(rng.sample(range(1, n), rng.randrange(n))), n]
+            spans = [(character_of_byte[a], character_of_byte[b - 1] + 1) for a, b in zip(cuts, cuts[1:])]
+            spans.append((-1, -1))
+            sides.append(spans[:rng.randrange(len(spans))] if rng.random() < 0.3 else spans)
+        assert torch.equal(chunk_alignment(*sides), chunk_walk(*sides)), sides
+
+
+# ------------------------------------------------------------------------------ key-query matching
+def test_discriminator():
+    disc, x = Discriminator(6, hidden=5, dropout=0.5).double(), normal(2, 3, 6, grad=True)
+    assert not torch.equal(disc(x), disc(x))  # dropout
+    first, last = disc.mlp[1], disc.mlp[3]
+    z = x @ disc.highway.weight.T + disc.highway.bias
+    g = 1 / (1 + (-z).exp())
+    y = (g * z.clamp(min=0) + (1 - g) * x) @ first.weight.T + first.bias
+    expected = torch.where(y > 0, y, 0.1 * y) @ last.weight[0] + last.bias
+    same_with_gradients(disc.eval()(x), expected, [x, *disc.parameters()])
+
+
+@pytest.mark.parametrize("garbage, extra", [(0.0, 0), (NAN, 2), (1e30, 1)])
+def test_ga_loss(garbage, extra):
+    disc = Discriminator(6, hidden=5).double().eval()
+    q_rows, k_rows = ([normal(n, 6, grad=True) for n in lengths] for lengths in (S_LENGTHS, T_LENGTHS))
+    d_q, d_k = (1 / (1 + (-disc(torch.cat(rows))).exp()) for rows in (q_rows, k_rows))
+    plain = -d_q.log().mean() - (1 - d_k).log().mean()
+    (q, s_mask), (k, t_mask) = padded(q_rows, garbage, extra), padded(k_rows, garbage, extra)
+    found, weights = ga_loss(disc, q, k, s_mask, t_mask), list(disc.parameters())
+    same(found.double(), plain, 1e-6)
+    same(gradients(found, weights), gradients(plain, weights), 1e-6)                   # D descends
+    same(gradients(found, q_rows), tuple(-g for g in gradients(plain, q_rows)), 1e-6)  # P_Q ascends
+    assert all((g == 0).all() for g in gradients(found, k_rows))                       # keys are constants
+    assert (gradients(found, [q])[0][~s_mask] == 0).all()
+    expected = dict(ga_q=-d_q.log().sum(), ga_k=-(1 - d_k).log().sum(), d_q=d_q.sum(), d_k=d_k.sum(),
+                    accuracy_q=(d_q > 0.5).sum(), accuracy_k=(d_k < 0.5).sum())
+    terms = ga_terms(disc, q, k, s_mask, t_mask)
+    for name, value in expected.items():
+        same(terms[name].double(), value.double(), 1e-6)
+    assert ga_loss(disc, q, k, s_mask & False, t_mask & False) == 0
+
+
+def test_ga_training_moves_the_queries_until_the_discriminator_errs():
+    query, disc = nn.Linear(8, 6), Discriminator(6, hidden=32)
+    embeddings, held_out = torch.randn(2, 4, 64, 8)
+    keys, held_out_keys = (nn.Parameter(0.5 * torch.randn(4, 48, 6) + 1) for _ in range(2))
+    s_mask, t_mask = torch.ones(4, 64, dtype=torch.bool), torch.ones(4, 48, dtype=torch.bool)
+    before = [tensor.detach().clone() for tensor in (keys, *query.parameters())]
+
+    def accuracy_after(optimiser, steps):
+        disc.train()
+        for _ in range(steps):
+            optimiser.zero_grad()
+            ga_loss(disc, query(embeddings), keys, s_mask, t_mask).backward()
+            optimiser.step()
+        disc.eval()
+        with torch.no_grad():
+            return ((disc(query(held_out)) > 0).float().mean() + (disc(held_out_keys) < 0).float().mean()) / 2
+
+    assert accuracy_after(torch.optim.Adam([*disc.parameters(), keys], lr=0.01), 60) > 0.9
+    assert all(torch.equal(a, b) for a, b in zip(before, (keys, *query.parameters())))
+    assert accuracy_after(torch.optim.SGD([*query.parameters(), keys], lr=0.2), 60) < 0.6
+    assert torch.equal(keys, before[0])
+
+
+# ------------------------------------------------------------------------------ vocabulary products
+def dense_logits(h, head):
+    z = h @ head.weight.T + (0 if head.bias is None else head.bias)
+    return z if head.softcap is None else head.softcap * (z / head.softcap).tanh()
+
+
+def three_losses(z_1, z_2, target):
+    """One of the first side, one of both sides, and a count, which has no gradient."""
+    ce = -z_1.log_softmax(-1).gather(-1, target[:, None]).sum()
+    return ce, (z_1 * z_2.sin()).sum(-1).pow(2).sum(), (z_1.argmax(-1) == target).sum()
+
+
+def two_sides(h_1, h_2, weight, bias, softcap):
+    return [(h_1, Head(weight, bias, softcap)), (h_2, Head(weight, None, softcap))]  # they share the weight
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("positions, slice_length", [(7, 1), (7, 3), (7, 7), (0, 7)])
+def test_head_losses(positions, slice_length, softcap):
+    leaves = [normal(*shape, grad=True) for shape in ((positions, 4), (positions, 4), (6, 4), (6,))]
+    limit = dict(max_logits=6 * slice_length + 5) if slice_length < 7 else {}
+    target, lengths, with_graph = torch.randint(6, (positions,)), [], []
+
+    def fn(z_1, z_2, target):
+        lengths.append(len(z_1))
+        with_graph.append(z_1.requires_grad)
+        return three_losses(z_1, z_2, target)
+
+    found = head_losses(fn, two_sides(*leaves, softcap), (target,), **limit)
+    assert max(lengths) == min(slice_length, positions) and sum(lengths) == positions
+    expected = three_losses(*(dense_logits(h, head) for h, head in two_sides(*leaves, softcap)), target)
+    assert found[2] == expected[2] and not found[2].requires_grad
+    for a, b in ((1, 0), (0, 1), (1.3, -0.7)):
+        total, reference = a * found[0] + b * found[1], a * expected[0] + b * expected[1]
+        same(total, reference)
+        for _ in range(2):  # the graph is kept: the second time gives the same
+            same(gradients(total, leaves), gradients(reference, leaves))
+    losses = lambda *x: head_losses(three_losses, two_sides(*x, softcap), (target,), **limit)[:2]
+    assert positions == 0 or torch.autograd.gradcheck(losses, leaves)
+    with torch.no_grad():
+        same(head_losses(fn, two_sides(*leaves, softcap), (target,), **limit), expected)
+    assert with_graph[0] and not with_graph[-1]  # nor are gradients formed that nobody can ask for
+
+
+def test_head_losses_under_autocast():
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((7, 4), (7, 4), (6, 4), (6,))]
+    sides, target = two_sides(*leaves, None), torch.randint(6, (7,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head_losses(three_losses, sides, (target,), max_logits=12)[0]
+    expected = three_losses(*(dense_logits(h, head) for h, head in sides), target)[0]
+    same_with_gradients(found, expected, leaves, 0.05)  # bfloat16 products, float32 results
+
+
+# ------------------------------------------------------------------------------ objective
+TERMS = ("ce", "ce_t2s", "kd_t2s", "kd_s2t")
+
+
+class Problem:
+    """Three rows with the lengths of CHUNKS; `leaves` are all that may get a gradient."""
+
+    def __init__(self, bias_and_softcap=False, scale=None, d_s=4, d_t=3, V_s=5, V_t=7):
+        torch.manual_seed(193)  # the argmax of q^{t->s} is right at some positions, also without a chunk
+        self.proj, self.scale = Projectors(d_s, d_t).double(), scale
+        self.h_s = [normal(n, d_s, grad=True) for n in S_LENGTHS]
+        self.h_t = [3 * normal(n, d_t) for n in T_LENGTHS]
+        self.s_in, self.s_tgt = ([torch.randint(V_s, (n,)) for n in S_LENGTHS] for _ in range(2))
+        self.t_in, self.t_tgt = ([torch.randint(V_t, (n,)) for n in T_LENGTHS] for _ in range(2))
+        self.E_s, self.E_t = normal(V_s, d_s), normal(V_t, d_t)
+        self.W_s, self.W_t = Head(normal(V_s, d_s, grad=True)), Head(normal(V_t, d_t))
+        if bias_and_softcap:
+            self.W_s = Head(self.W_s.weight, normal(V_s, grad=True), 2.0)
+            self.W_t = Head(self.W_t.weight, normal(V_t), 1.5)
+        self.leaves = {f"h_s.{b}": h for b, h in enumerate(self.h_s)} | dict(self.proj.named_parameters())
+        self.leaves |= {name: x for name, x in zip(("W_s", "b_s"), self.W_s) if x is not None}
+
+    def losses(self, rows=(0, 1, 2), garbage=NAN, extra=1, **options):
+        take = lambda name, fill: padded([getattr(self, name)[b] for b in rows], fill, extra)
+        (self.h_block, s_mask), (h_t, t_mask) = take("h_s", garbage), take("h_t", garbage)
+        ids = [take(name, -100)[0] for name in ("s_in", "s_tgt", "t_in", "t_tgt")]
+        tables = [self.E_s, self.E_t]
+        if self.scale is not None:  # as a model's own module that scales its table
+            tables = [lambda ids, E=E: self.scale * E[ids] for E in tables]
+        heads = [W.weight if W.bias is None else W for W in (self.W_s, self.W_t)]
+        if options.get("align", "cma") != "cma":
+            options.setdefault("chunks", padded_maps([CHUNKS[b] for b in rows], True, extra))
+        return dual_space_losses(self.proj, self.h_block, h_t, *ids, s_mask, t_mask, *tables, *heads,
+                                 **options)
+
+    def oracle(self, b, align="cma", div="skl", temperature=2.0, skew=0.1, correct_only=True, s2t_div="kl",
+               max_logits=None):
+        """Eqs. (1)-(9) for row b."""
+        linear = lambda layer, x: x @ layer.weight.T + layer.bias
+        embed = lambda table, ids: table[ids[b]] * (self.scale or 1)
+        e_s_tgt, e_t_tgt = embed(self.E_s, self.s_tgt), embed(self.E_t, self.t_tgt)
+        h_s, h_t, chunks = self.h_s[b], self.h_t[b], CHUNKS[b]
+        q = linear(self.proj.query, torch.cat([embed(self.E_s, self.s_in), e_s_tgt], 1))
+        k = torch.cat([embed(self.E_t, self.t_in), e_t_tgt], 1)
+        k = k / k.std()
+        v_s2t = linear(self.proj.s2t, h_s)
+        v_t2s = linear(self.proj.t2s, h_t / h_t.std() + e_t_tgt / e_t_tgt.std())
+        weights = (q @ k.T / math.sqrt(k.shape[1])).exp()
+        weights = {"cma": weights, "cla": weights * chunks, "clp": chunks.double()}[align]
+        a_t2s, a_s2t = (a / a.sum(1, keepdim=True).clamp(min=1e-99) for a in (weights, weights.T))
+        W_s_const = Head(*(x.detach() if torch.is_tensor(x) else x for x in self.W_s))
+        z_s, z_t2s = dense_logits(h_s, self.W_s), dense_logits(a_t2s @ v_t2s, W_s_const)
+        z_t, z_s2t = dense_logits(h_t, self.W_t), dense_logits(a_s2t @ v_s2t, self.W_t)
+        f = lambda name, i, z_s, z_t: slow_divergence(name, z_s[[i]], z_t[[i]].detach(), temperature, skew)[0]
+        out = dict.fromkeys(TERMS, 0 * z_s.sum()) | dict(q=q, k=k, a_t2s=a_t2s, a_s2t=a_s2t, n_correct=0)
+        for i, gold in enumerate(self.s_tgt[b]):
+            out["ce"] = out["ce"] - z_s[i].log_softmax(0)[gold]
+            if a_t2s[i].sum() > 0:  # in a chunk
+                correct = z_t2s[i].argmax().item() == gold.item()
+                out["n_correct"] += correct
+                out["ce_t2s"] = out["ce_t2s"] - z_t2s[i].log_softmax(0)[gold]
+                out["kd_t2s"] = out["kd_t2s"] + (f(div, i, z_s, z_t2s) if correct or not correct_only else 0)
+        for j in range(len(h_t)):
+            out["kd_s2t"] = out["kd_s2t"] + (f(s2t_div, j, z_s2t, z_t) if a_s2t[j].sum() > 0 else 0)
+        return out
+
+
+every_model = pytest.mark.parametrize("model", [dict(), dict(bias_and_softcap=True, scale=1.7)], ids=str)
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(align="clp"), dict(align="cla"), dict(correct_only=False), dict(div="akl"),
+    dict(align="cla", correct_only=False), dict(s2t_div="skl", skew=0.3), dict(temperature=1.0),
+    dict(max_logits=8)], ids=str)
+@every_model
+def test_dual_space_losses(model, options):
+    problem = Problem(**model)
+    leaves, rows = list(problem.leaves.values()), [problem.oracle(b, **options) for b in range(3)]
+    tol = 1e-6 if options.get("align") == "clp" else 1e-10  # its maps are float32
+    for batch, garbage, extra in (([0, 1, 2], 0.0, 0), ([0, 1, 2], NAN, 3), ([0, 1, 2], 1e30, 1),
+                                  ([0], NAN, 1), ([1], NAN, 1), ([2], NAN, 1)):
+        found, expected = problem.losses(batch, garbage, extra, **options), [rows[b] for b in batch]
+        for term in TERMS:
+            total = sum(row[term] for row in expected)
+            same(found[term], total, tol)
+            same(gradients(found[term], leaves), gradients(total, leaves), tol)
+            assert gradients(found[term], [problem.h_block])[0].isfinite().all()  # under the padding too
+        same_with_gradients(found["q"], padded([row["q"] for row in expected], 0, extra)[0], leaves)
+        same(found["k"], padded([row["k"] for row in expected], 0, extra)[0])
+        for name in ("a_t2s", "a_s2t"):
+            same(found[name].double(), padded_maps([row[name] for row in expected], extra=extra), tol)
+        assert found["n_correct"] == sum(row["n_correct"] for row in expected)
+        assert found["n_s"] == len(torch.cat([problem.h_s[b] for b in batch]))
+        assert found["n_t"] == len(torch.cat([problem.h_t[b] for b in batch]))
+    assert 0 < sum(row["n_correct"] for row in rows) < sum(S_LENGTHS) - 1
+
+
+@every_model
+def test_gradient_routing(model):
+    problem = Problem(**model)
+    constants = [*problem.h_t, problem.E_s, problem.E_t, *(x for x in problem.W_t if torch.is_tensor(x))]
+    for tensor in constants:
+        tensor.requires_grad_()
+    found = problem.losses(correct_only=False)
+    moved = {term: {name.split(".")[0] for name, leaf in problem.leaves.items()
+                    if (gradients(found[term], [leaf])[0] != 0).any()} for term in TERMS}
+    student = {"h_s", "W_s", "b_s"} & {name.split(".")[0] for name in problem.leaves}
+    assert moved == dict(ce=student, ce_t2s={"query", "t2s"}, kd_t2s=student, kd_s2t={"h_s", "query", "s2t"})
+    sum(found[name].sum() for name in (*TERMS, "q", "k", "a_t2s", "a_s2t")).backward()
+    assert all(tensor.grad is None for tensor in constants)
+
+
+def test_dual_space_losses_reject_what_they_cannot_align():
+    for options, message in ((dict(align="dtw"), "dtw"), (dict(align="clp", chunks=None), "chunks")):
+        with pytest.raises(ValueError, match=message):
+            Problem().losses(**options)
