@@ -423,7 +423,7 @@ def ga_terms(disc, q, k, s_mask, t_mask):
     probability of "a query"), `accuracy_q`, `accuracy_k` (how many vectors D names rightly)."""
     # One backward pass for max_D and min_{P_Q}: D descends its cross-entropy; the queries pass through the
     # identity 2 sg(q) - q, whose gradient is -1, so that P_Q ascends it. The keys are constants.
-    z_q, z_k = disc((2 * q.detach() - q)[s_mask]).float(), disc(k.detach()[t_mask]).float()
+    z_q, z_k = (full_precision(disc(x)) for x in ((2 * q.detach() - q)[s_mask], k.detach()[t_mask]))
     return dict(ga_q=F.softplus(-z_q).sum(), ga_k=F.softplus(z_k).sum(),  # -log D(q), -log(1 - D(k))
                 d_q=z_q.detach().sigmoid().sum(), d_k=z_k.detach().sigmoid().sum(),
                 accuracy_q=(z_q > 0).sum(), accuracy_k=(z_k <= 0).sum())
@@ -953,9 +953,9 @@ def write_demo(folder, seed):
         max_position_embeddings=256, hidden_size=160, intermediate_size=480, num_hidden_layers=4,
         num_attention_heads=5, num_key_value_heads=5, initializer_range=0.05)
     cuts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    for name, config, size, cuts in (("student", student, 420, cuts[1:]), ("teacher", teacher, 700, cuts)):
+    for name, config, size, cut in (("student", student, 420, cuts[1:]), ("teacher", teacher, 700, cuts)):
         bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(cut)
         bpe.decoder = decoders.ByteLevel()
         bpe.train_from_iterator((text for row in rows["raw"] for text in row.values()), trainers.BpeTrainer(
             vocab_size=size, special_tokens=["<|endoftext|>"], show_progress=False,

@@ -1,17 +1,28 @@
-"""Tests of dskd_ga.py: values and gradients against float64 oracles written out here, invariances, training.
+"""Tests of dskd_ga.py: values and gradients against float64 oracles written out here, invariances, runs.
 
 The oracles know neither padding nor slices: they loop over rows, positions or vocabulary, or are dense.
 """
+import argparse
+import json
 import math
+import os
+import pathlib
 import random
+import re
+import shlex
+import subprocess
+import sys
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from torch import nn
 
-from dskd_ga import (Discriminator, Head, Projectors, chunk_alignment, chunk_projection,
-                     cross_model_attention, divergence, dual_space_losses, ga_loss, ga_terms, head_losses,
-                     std_normalise)
+import dskd_ga
+from dskd_ga import (
+    Discriminator, Head, Projectors, chunk_alignment, chunk_projection, cross_model_attention, divergence,
+    dual_space_losses, ga_loss, ga_terms, head_losses, rouge_l, std_normalise)
 
 torch.set_num_threads(1)  # the tensors are tiny
 INF, NAN = math.inf, math.nan
@@ -473,3 +484,528 @@ def test_dual_space_losses_reject_what_they_cannot_align():
     for options, message in ((dict(align="dtw"), "dtw"), (dict(align="clp", chunks=None), "chunks")):
         with pytest.raises(ValueError, match=message):
             Problem().losses(**options)
+
+
+# ------------------------------------------------------------------------------ data
+def write_lines(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return str(path)
+
+
+def test_rows_take_their_prompt_or_the_template(tmp_path):
+    path = write_lines(
+        tmp_path / "rows.jsonl",
+        '{"prompt": "P", "instruction": "I", "output": "a"}',
+        '{"instruction": "I", "input": "", "output": ["a", "b"]}',
+        '{"instruction": "I", "input": "C", "output": "a"}',
+    )
+    rows = dskd_ga.read_rows(path)
+    assert rows[0] == ("P", ["a"])
+    assert rows[1] == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes "
+        "the request.\n\n### Instruction:\nI\n\n### Response:\n",
+        ["a", "b"],
+    )
+    assert rows[2].prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n### Instruction:\nI\n\n"
+        "### Input:\nC\n\n### Response:\n"
+    )
+    assert dskd_ga.read_rows(path, limit=2) == rows[:2]
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ('{"prompt": "P", "output": "a"', "line 2"),
+        ("[1]", "line 2, JSON"),
+        ('{"output": "a"}', "line 2, instruction"),
+        ('{"prompt": "", "output": "a"}', "line 2, prompt"),
+        ('{"prompt": 3, "output": "a"}', "line 2, prompt"),
+        ('{"instruction": "I", "input": 3, "output": "a"}', "line 2, input"),
+        ('{"prompt": "P"}', "line 2, output"),
+        ('{"prompt": "P", "output": []}', "line 2, output"),
+        ('{"prompt": "P", "output": ["a", 1]}', "line 2, output"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, line, named):
+    path = write_lines(tmp_path / "rows.jsonl", '{"prompt": "P", "output": "a"}', line)
+    with pytest.raises(dskd_ga.InputError, match=f"{path}, {named}"):
+        dskd_ga.read_rows(path)
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory):
+    """The demo's rows, tokenizers and untrained models."""
+    folder = tmp_path_factory.mktemp("case")
+    dskd_ga.write_demo(folder, 3)
+    return folder
+
+
+def test_examples_hold_the_text_and_end_in_end_of_text(case):
+    tokenizers = [dskd_ga.load_tokenizer(str(case / name)) for name in ("student", "teacher")]
+    rows = dskd_ga.read_rows(str(case / "seen.jsonl"), 30) + [
+        dskd_ga.Row("P: é\n", ["naïve 😀 12 你好", "other"])
+    ]
+    for tokenizer in tokenizers:
+        for row, example in zip(rows, dskd_ga.encode(tokenizer, rows, 512), strict=True):
+            text, response = row.references[0], example.ids[example.start :]
+            assert tokenizer.decode(example.ids) == row.prompt + text + "<|endoftext|>"
+            assert len(response) == len(example.spans) and example.spans[-1] == (-1, -1)
+            cuts = [
+                end
+                for (_, end), (start, _) in zip(example.spans, example.spans[1:])
+                if start >= end or start < 0
+            ]
+            assert "".join(text[a:b] for a, b in zip([0, *cuts], cuts)) == text
+    lengths = [[len(e.ids) for e in dskd_ga.encode(tokenizer, rows, 512)] for tokenizer in tokenizers]
+    assert lengths[0] != lengths[1]
+    cut = dskd_ga.encode(tokenizers[0], rows[:1], lengths[0][0] - 2)[0]
+    assert len(cut.spans) == len(cut.ids) - cut.start and cut.spans[-1] != (-1, -1)
+    sides, dropped = dskd_ga.training_data(rows, tokenizers, 512, cut.start)
+    assert [len(side) for side in sides] == [len(rows) - dropped] * 2 and dropped > 0
+    assert all(example.spans for side in sides for example in side)
+
+
+def test_prompts_get_what_their_tokenizer_puts_in_front(case):
+    tokenizer = dskd_ga.load_tokenizer(str(case / "student"))
+    assert dskd_ga.leading_tokens(tokenizer) == []
+    tokenizer._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    assert dskd_ga.leading_tokens(tokenizer) == [0]
+    example = dskd_ga.encode(tokenizer, [dskd_ga.Row("P", ["a"])], 512)[0]
+    assert example.ids == [
+        0,
+        *tokenizer.encode("P", add_special_tokens=False),
+        *tokenizer.encode("a", add_special_tokens=False),
+        0,
+    ]
+
+
+def test_an_epoch_is_a_partition_into_sorted_steps():
+    lengths = [random.Random(0).randint(5, 90) for _ in range(103)]
+    plan = dskd_ga.plan_epoch(lengths, 8, 2, seed=1, epoch=0)
+    steps = [[i for micro_batch in step for i in micro_batch] for step in plan]
+    assert len(plan) == 12 and all(len(micro_batch) == 2 for step in plan for micro_batch in step)
+    assert len({i for step in steps for i in step}) == 96
+    assert all([lengths[i] for i in step] == sorted(lengths[i] for i in step) for step in steps)
+    assert plan == dskd_ga.plan_epoch(lengths, 8, 2, 1, 0) != dskd_ga.plan_epoch(lengths, 8, 2, 1, 1)
+    coarse = dskd_ga.plan_epoch(lengths, 8, 8, 1, 0)
+    assert [sorted(step[0]) for step in coarse] == [sorted(step) for step in steps]
+
+
+def test_a_batch_reads_and_predicts_the_right_tokens():
+    examples = [
+        dskd_ga.Example([1, 2, 3, 4, 5], 2, [(0, 1), (1, 2), (-1, -1)]),
+        dskd_ga.Example([6, 7, 8], 1, [(0, 1)] * 2),
+    ]
+    side = dskd_ga.collate(examples, 99, torch.device("cpu"))
+    assert side.ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 99]]
+    assert side.mask.tolist() == [[True] * 3, [True, True, False]]
+    assert side.pos[0].tolist() == [1, 2, 3] and side.pos[1, :2].tolist() == [0, 1]
+    assert side.inputs[0].tolist() == [2, 3, 4] and side.inputs[1, :2].tolist() == [6, 7]
+    assert side.targets[0].tolist() == [3, 4, 5] and side.targets[1, :2].tolist() == [7, 8]
+
+
+# ------------------------------------------------------------------------------ models
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=60)
+FAMILIES = dict(
+    gpt2=lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60),
+    llama=lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=False),
+    qwen2=lambda: transformers.Qwen2Config(**SMALL, num_key_value_heads=1, tie_word_embeddings=True),
+    gemma3=lambda: transformers.Gemma3TextConfig(
+        **SMALL, num_key_value_heads=1, head_dim=16, final_logit_softcapping=1.0
+    ),
+    neox=lambda: transformers.GPTNeoXConfig(**SMALL),
+    phi=lambda: transformers.PhiConfig(**SMALL),
+)
+
+
+def make_model(config):
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # a bias that is zero, or a head like its embeddings, would hide mistakes
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trunk_and_head_give_the_models_own_logits(family):
+    model = make_model(FAMILIES[family]())
+    examples = [
+        dskd_ga.Example(torch.randint(1, 60, (n,)).tolist(), start, [(0, 0)] * (n - start))
+        for n, start in ((12, 5), (7, 1), (20, 18))
+    ]
+    side = dskd_ga.collate(examples, 0, torch.device("cpu"))
+    with torch.no_grad():
+        logits = dskd_ga.head_of(model)(dskd_ga.response_hidden(model, side))
+        for row, example, mask in zip(logits, examples, side.mask):
+            own = model(input_ids=torch.tensor([example.ids])).logits[0, example.start - 1 : -1]
+            same(row[mask], own, 1e-4)
+    assert family != "gemma3" or own.abs().max() <= 1
+    assert family != "phi" or dskd_ga.head_of(model).bias is not None
+
+
+def test_embeddings_are_those_that_enter_the_model():
+    model, ids = make_model(FAMILIES["gemma3"]()), torch.arange(9)[None]
+    first = model.get_decoder()(input_ids=ids, output_hidden_states=True).hidden_states[0]
+    same(model.get_input_embeddings()(ids), first, 1e-6)
+    assert not torch.allclose(model.get_input_embeddings().weight[ids], first)  # Gemma scales its table
+
+
+def test_models_that_would_be_wrong_are_refused(case, tmp_path):
+    tokenizer, cpu = dskd_ga.load_tokenizer(str(case / "teacher")), torch.device("cpu")
+    small = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]())
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(dskd_ga.InputError, match=f"found 60 embeddings, expected {len(tokenizer)}"):
+        dskd_ga.load_model(str(tmp_path / "small"), tokenizer, cpu)
+    scaled = make_model(transformers.CohereConfig(**SMALL | dict(vocab_size=len(tokenizer)), logit_scale=0.5))
+    scaled.save_pretrained(tmp_path / "scaled")
+    with pytest.raises(dskd_ga.InputError, match="logits .* away from those of trunk and head"):
+        dskd_ga.load_model(str(tmp_path / "scaled"), tokenizer, cpu)
+    padded = transformers.AutoModelForCausalLM.from_config(
+        transformers.GPT2Config(
+            n_embd=32, n_layer=1, n_head=2, vocab_size=len(tokenizer) + 30, bos_token_id=0, eos_token_id=0
+        )
+    )
+    padded.save_pretrained(tmp_path / "padded")
+    model = dskd_ga.load_model(str(tmp_path / "padded"), tokenizer, cpu, dropout=0.25)
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.25}
+
+
+# ------------------------------------------------------------------------------ training
+def flags(case, out, **settings):
+    """A short run on the demo's case; settings override."""
+    base = dict(
+        student=case / "student",
+        teacher=case / "teacher",
+        data=case,
+        dev_rows=8,
+        batch_size=8,
+        micro_batch=4,
+        tests=[f"seen={case}/seen.jsonl", f"longer={case}/longer.jsonl"],
+        eval_limit=12,
+        eval_batch=4,
+        eval_seeds=[1, 2],
+        max_new_tokens=6,
+        epochs=0.01,
+        dropout=0.0,
+        log_every=3,
+        out=out,
+    )
+    found = []
+    for name, value in (base | settings).items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        found += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return found
+
+
+def run(case, out, processes=1, **settings):
+    """The script on one process here, or on several by torchrun; returns the folder of its run."""
+    arguments = flags(case, out, **settings)
+    if processes == 1:
+        dskd_ga.main(arguments)
+    else:
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={processes}",
+                dskd_ga.__file__,
+                *arguments,
+            ],
+            check=True,
+            env=os.environ | dict(OMP_NUM_THREADS="1"),
+        )
+    return next(path.parent for path in out.glob("*/eval.json"))
+
+
+def log(folder):
+    """The lines of optimiser steps, without what depends on the machine."""
+    lines = [json.loads(line) for line in open(folder / "log.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_gb", "padding")} for line in lines
+    ]
+
+
+@pytest.fixture(scope="session")
+def reference_run(case, tmp_path_factory):
+    return run(case, tmp_path_factory.mktemp("reference"), ga=True, teacher_ready=True)
+
+
+@pytest.mark.parametrize("processes, micro_batch", [(1, 8), (1, 1), (2, 4), (4, 2)])
+def test_the_cut_into_micro_batches_and_processes_changes_nothing(
+    case, reference_run, tmp_path, processes, micro_batch
+):
+    folder = run(case, tmp_path, processes, micro_batch=micro_batch, ga=True, teacher_ready=True)
+    expected, found = log(reference_run), log(folder)
+    assert len(expected) == len(found) and [line["step"] for line in found if "loss" in line] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    for a, b in zip(expected, found):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+    for name in ("eval.json", "predictions/seen-1.jsonl", "predictions/longer-2.jsonl"):
+        same_text = [
+            re.sub(r'"model": ".*?"', "", (run_folder / name).read_text())
+            for run_folder in (reference_run, folder)
+        ]
+        assert same_text[0] == same_text[1]
+
+
+def test_a_run_writes_what_a_user_needs(case, reference_run):
+    first = [line for line in log(reference_run) if "loss" in line][0]
+    terms = (
+        "ce",
+        "ce_t2s",
+        "kd_t2s",
+        "kd_s2t",
+        "ga_q",
+        "ga_k",
+        "d_q",
+        "d_k",
+        "accuracy_q",
+        "accuracy_k",
+        "grad_norm",
+        "lr",
+    )
+    assert set(terms) < set(first)
+    assert first["loss"] == pytest.approx(
+        0.5 * sum(first[n] for n in terms[:4]) + first["ga_q"] + first["ga_k"], rel=1e-5
+    )
+    assert first["lr"] == 5e-4 and math.log(420) == pytest.approx(
+        first["ce"], rel=0.05
+    )  # an untrained student's
+    assert json.loads((reference_run / "args.json").read_text())["finished"]
+    student = transformers.AutoModelForCausalLM.from_pretrained(reference_run / "best")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(reference_run / "best")
+    assert len(tokenizer) == student.config.vocab_size
+    scores = json.loads((reference_run / "eval.json").read_text())["rougeL"]
+    assert list(scores) == ["seen", "longer", "OOD", "All"] and all(
+        len(values) == 2 for values in scores.values()
+    )
+    for name in ("seen", "longer"):
+        rows = [json.loads(line) for line in open(reference_run / "predictions" / f"{name}-1.jsonl")]
+        assert len(rows) == 12
+        assert (
+            rouge_l([row["prediction"] for row in rows], [row["references"] for row in rows])["rougeL"]
+            == scores[name][0]
+        )
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(case, tmp_path, monkeypatch):
+    settings = dict(ga=True, teacher_ready=True, save_every=2, dropout=0.2)
+    whole = run(case, tmp_path / "whole", **settings)
+    backward_passes = dskd_ga.backward_passes
+
+    def stop_at_step_3(model, teacher, data, pads, micro_batches, step, *rest):
+        if step == 3:
+            raise KeyboardInterrupt
+        return backward_passes(model, teacher, data, pads, micro_batches, step, *rest)
+
+    monkeypatch.setattr(dskd_ga, "backward_passes", stop_at_step_3)
+    with pytest.raises(KeyboardInterrupt):
+        run(case, tmp_path / "stopped", **settings)
+    monkeypatch.undo()
+    resumed = run(case, tmp_path / "stopped", **settings)
+    states = [torch.load(folder / "state.pt", weights_only=True) for folder in (whole, resumed)]
+    assert states[0]["step"] == states[1]["step"] == 5 and states[0]["best"] == states[1]["best"]
+    assert all(torch.equal(value, states[1]["model"][name]) for name, value in states[0]["model"].items())
+    assert log(whole) == log(resumed)
+    with pytest.raises(dskd_ga.InputError, match="lr was 0.0005, is 0.001"):
+        run(case, tmp_path / "stopped", **settings | dict(lr=1e-3))
+
+
+def test_the_teacher_is_fine_tuned_once(case, tmp_path):
+    run(case, tmp_path, teacher_epochs=0.01)
+    tuned = (tmp_path / "teacher" / "best" / "model.safetensors").stat()
+    assert [line["step"] for line in log(tmp_path / "teacher") if "loss" in line] == [1, 2, 3, 4, 5]
+    run(case, tmp_path, teacher_epochs=0.01, div="kl", ga=True)
+    assert (tmp_path / "teacher" / "best" / "model.safetensors").stat() == tuned
+
+
+def test_every_parameter_is_in_one_group_and_moves(case):
+    args = dskd_ga.build_parser().parse_args(flags(case, "unused", ga=True))
+    names, cpu = ("student", "teacher"), torch.device("cpu")
+    tokenizers = [dskd_ga.load_tokenizer(str(case / name)) for name in names]
+    student, teacher = (
+        dskd_ga.load_model(str(case / name), tok, cpu) for name, tok in zip(names, tokenizers)
+    )
+    model = dskd_ga.Distiller(student, teacher.requires_grad_(False), args)
+    groups = dskd_ga.parameter_groups(model, args)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted({id(p) for p in model.parameters()})
+    assert any(
+        p is model.disc.highway.weight for group in groups for p in group["params"] if group["lr"] == 1e-3
+    )
+    assert all((group["weight_decay"] > 0) == (p.ndim > 1) for group in groups for p in group["params"])
+    before = [{name: p.detach().clone() for name, p in m.named_parameters()} for m in (model, teacher)]
+    data, _ = dskd_ga.training_data(dskd_ga.read_rows(str(case / "raw.jsonl"), 8), tokenizers, 256, 512)
+    line, sums = dskd_ga.backward_passes(
+        model, teacher, data, [0, 0], [[0, 1, 2, 3], [4, 5, 6, 7]], 0, args, cpu
+    )
+    assert line["tokens"] == sum(len(example.spans) for example in data[0])
+    torch.optim.AdamW(groups).step()
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[0][name])] == []
+    assert all(p.grad is None and torch.equal(p, before[1][name]) for name, p in teacher.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["clp", "cla", "sft"])
+def test_the_other_methods_train(case, tmp_path, method):
+    lines = [line for line in log(run(case, tmp_path, method=method, teacher_ready=True)) if "loss" in line]
+    assert len(lines) == 5 and lines[-1]["ce"] < lines[0]["ce"]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(batch_size=8, micro_batch=3), "--batch-size: found 8, expected a multiple of"),
+        (dict(batch_size=8000), "raw.jsonl"),
+        (dict(tests=["seen"]), "--tests: found 'seen'"),
+        (dict(tests=["../a=b"]), "--tests"),
+        (dict(method="sft", ga=True), "--ga"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(case, tmp_path, settings, message):
+    with pytest.raises(dskd_ga.InputError, match=message):
+        run(case, tmp_path, teacher_ready=True, **settings)
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, dskd_ga.__file__, "--tests", f"a={write_lines(tmp_path / 'x.jsonl', '{')}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "x.jsonl, line 1" in done.stderr
+
+
+def test_importing_does_nothing(tmp_path):
+    code = (
+        "import torch, random; torch.manual_seed(5); random.seed(5); state = random.getstate(); "
+        "import dskd_ga; "
+        "assert torch.initial_seed() == 5 and random.getstate() == state; "
+        "assert not torch.distributed.is_initialized()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--nonsense"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(PYTHONPATH=str(pathlib.Path(dskd_ga.__file__).parent)),
+    )
+    assert done.returncode == 0 and done.stdout == "" and not list(tmp_path.iterdir()), done.stderr
+
+
+# ------------------------------------------------------------------------------ evaluation
+def test_rouge_l_by_hand():
+    # longest common subsequence "the cat" (stemmed): precision 2/3, recall 2/4, F1 4/7
+    scores = rouge_l(["the cats ran", "A, b!"], [["the cat sat down", "nothing"], ["a b"]])
+    assert scores == pytest.approx(dict(rougeL=100 * (4 / 7 + 1) / 2, exact_match=50.0))
+    assert rouge_l([""], [["text"]]) == dict(rougeL=0, exact_match=0)
+    with pytest.raises(ValueError):
+        rouge_l(["a"], [["a"], ["b"]])
+
+
+def test_generation_pads_on_the_left_and_keeps_the_end_of_long_prompts(case):
+    tokenizer = dskd_ga.load_tokenizer(str(case / "student"))
+    model = dskd_ga.load_model(str(case / "student"), tokenizer, torch.device("cpu"))
+    seen, sample = [], model.generate
+    model.generate = lambda **inputs: seen.append(inputs) or sample(**inputs)
+    prompts = ["Task: Count on from 7", "a", "Task: What is 12 plus 30? " * 9]
+    args = argparse.Namespace(max_prompt=20, eval_batch=2, max_new_tokens=4)
+    texts = dskd_ga.generate(model, tokenizer, prompts, 1, args)
+    assert (
+        texts
+        == dskd_ga.generate(model, tokenizer, prompts, 1, args)
+        != dskd_ga.generate(model, tokenizer, prompts, 2, args)
+    )
+    whole = [tokenizer.encode(prompt)[-20:] for prompt in prompts]
+    read = [
+        row[mask.bool()].tolist()
+        for call in seen[:2]
+        for row, mask in zip(call["input_ids"], call["attention_mask"])
+    ]
+    assert read == sorted(whole, key=len, reverse=True)
+    assert all((call["attention_mask"].diff() >= 0).all() for call in seen)
+
+
+def test_averages_and_the_papers_rows():
+    averages = dskd_ga.averages(dict(first=[1, 2], second=[3, 4], third=[5, 8]))
+    assert averages == dict(OOD=[4, 6], All=[3, 14 / 3])
+    names = [item.partition("=")[0] for item in dskd_ga.TEST_SETS]
+    printed = {
+        "untrained": (6.01, 6.08),
+        "sft": (13.44, 15.32),
+        "cma-srkl": (16.95, 18.49),
+        "cma-kl": (14.46, 16.40),
+        "cma-ga-kl": (16.68, 18.32),
+        "cma-ga-skl": (17.32, 18.81),
+        "teacher": (27.77, 27.70),
+    }
+    for run_name, values in dskd_ga.PAPER.items():
+        found = dskd_ga.averages({name: [value] for name, value in zip(names, values, strict=True)})
+        assert (found["OOD"][0], found["All"][0]) == pytest.approx(printed[run_name], abs=0.011)
+    table = dskd_ga.results_table({"sft": dict(rougeL={name: [1.0, 3.0] for name in (*names, "OOD", "All")})})
+    assert "| sft | 2.00 ± 1.41 |" in table and "| sft (paper) | 22.83 |" in table
+
+
+# ------------------------------------------------------------------------------ documents
+def test_documented_commands_parse():
+    here, commands = pathlib.Path(dskd_ga.__file__).parent, []
+    for text in (dskd_ga.__doc__, (here / "README.md").read_text()):
+        commands += re.findall(
+            r"^ *(?:\S*python|\S*torchrun).* dskd_ga\.py(.*?)(?:#.*)?$", text.replace("\\\n", " "), re.M
+        )
+    commands += re.findall(r'^ +row (.*) "\$@"', (here / "run.sh").read_text(), re.M)
+    assert len(commands) > 12
+    for command in commands:
+        dskd_ga.build_parser().parse_args(shlex.split(command.replace("--help", "")))
+
+
+def test_every_equation_is_in_the_code_by_its_number():
+    source = pathlib.Path(dskd_ga.__file__).read_text()
+    missing = [n for n in range(1, 17) if f"({n})" not in source]
+    assert missing == []
+
+
+SHARED = pathlib.Path(__file__).resolve().parent.parent / "shared"
+
+
+@pytest.mark.skipif(not (SHARED / "tokenizers").is_dir(), reason="needs GPT-2's and Qwen1.5's tokenizers")
+def test_the_papers_tokenizers_on_real_rows(tmp_path):
+    for name, config in (
+        ("gpt2", dict(n_embd=32, n_layer=1, n_head=2)),
+        ("qwen1.5", SMALL | dict(vocab_size=151936, num_key_value_heads=2, layer_types=["full_attention"] * 2)),
+    ):
+        source, target = SHARED / "tokenizers" / name, tmp_path / name
+        config = transformers.AutoConfig.from_pretrained(source, **config)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(target)
+        transformers.AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    (tmp_path / "raw.jsonl").write_text("".join(open(SHARED / "data/dolly/dev.jsonl").readlines()[:40]))
+    dskd_ga.main(
+        flags(
+            tmp_path,
+            tmp_path / "out",
+            student=tmp_path / "gpt2",
+            teacher=tmp_path / "qwen1.5",
+            ga=True,
+            teacher_ready=True,
+            dev_rows=2,
+            batch_size=2,
+            micro_batch=1,
+            epochs=3 / 17,
+            eval_limit=2,
+            tests=[f"Vicuna={SHARED}/data/vicuna/test.jsonl"],
+            eval_seeds=[1],
+        )
+    )
+    lines = [line for line in log(tmp_path / "out" / "cma-ga-skl-10") if "loss" in line]
+    assert len(lines) == 3 and lines[0]["ce"] == pytest.approx(math.log(50257), rel=0.1)
