@@ -305,10 +305,9 @@ def full_precision(x):
 def divergence(name, student_logits, teacher_logits, temperature=2.0, skew=0.1, head_mass=0.5):
     """f of eq. (8): one value per position, in float32 (float64 for float64 logits).
 
-    name: kl | rkl | jsd | skl, srkl (DistiLLM, with their skew a) | akl (Wu et al. 2025; head_mass: p's share
-    that is its head). student_logits, teacher_logits: (..., V), where -inf counts as probability 0.
-    temperature: tau, on both sides, without a factor tau^2. ValueError: unknown name, logits of different
-    shapes.
+    name: kl | rkl | jsd | skl, srkl (DistiLLM, a = skew) | akl (Wu et al. 2025, with the head's share of p).
+    student_logits, teacher_logits: (..., V), where -inf counts as probability 0. temperature: tau, on both
+    sides, without a factor tau^2. ValueError: unknown name, logits of different shapes.
     """
     if name not in DIVERGENCES or student_logits.shape != teacher_logits.shape:
         raise ValueError(f"divergence: found {name!r} of logits {tuple(student_logits.shape)} and "
@@ -351,8 +350,7 @@ def zero_padding(x, mask):
 
 def std_normalise(x, mask):
     """N_std of eqs. (2) and (5): x (B, n, d) over its standard deviation across each sequence's own features
-    and real positions (mask (B, n) True). Padding becomes 0; a sequence whose entries are all equal stays as
-    it is."""
+    and real positions (mask (B, n) True). Padding becomes 0; a sequence of equal entries stays."""
     # NOT IN PAPER: per sequence (departure 3)
     x = zero_padding(full_precision(x), mask)
     count = (mask.sum(1) * x.shape[-1]).view(-1, 1, 1)
@@ -429,8 +427,7 @@ def ga_terms(disc, q, k, s_mask, t_mask):
                 accuracy_q=(z_q > 0).sum(), accuracy_k=(z_k <= 0).sum())
 
 def ga_loss(disc, q, k, s_mask, t_mask):
-    """L_KQ, eq. (14), as binary cross-entropy: D(q) -> 1, D(k) -> 0, each a mean over its side's real
-    positions.
+    """L_KQ, eq. (14), as cross-entropy: D(q) -> 1, D(k) -> 0, each a mean over its side's real positions.
 
     Minimising it trains D; the gradient that reaches q (B, S, w) is reversed, k (B, T, w) gets none.
     disc maps (N, w) to N logits; s_mask (B, S) and t_mask (B, T) are True on real positions.
@@ -440,11 +437,8 @@ def ga_loss(disc, q, k, s_mask, t_mask):
 
 # 7. Objective: the dual-space loss ==========================================================================
 class HeadLosses(torch.autograd.Function):
-    """Autograd function behind `head_losses`.
-
-    The gradient of each sum is formed in the same slice as the sum, while the logits are there, so that no
-    product with a head is computed twice; the backward pass only weighs these gradients.
-    """
+    """Behind `head_losses`: forms each sum's gradient in the sum's own slice, while the logits are there, so
+    that no product with a head is computed twice; the backward pass only weighs these gradients."""
 
     @staticmethod
     def forward(ctx, fn, step, softcaps, rows, *tensors):  # tensors: h_1, weight_1, bias_1, h_2, ...
@@ -510,10 +504,8 @@ def dual_space_losses(proj, h_s, h_t, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, 
         max_logits: see `head_losses`.
     Returns:
         dict of sums `ce`, `ce_t2s`, `kd_t2s`, `kd_s2t`; `q` (B, S, 2 d_t), `k` (B, T, 2 d_t), `a_t2s`,
-        `a_s2t` as of `cross_model_attention`; counts `n_s`, `n_t` of real positions, `n_correct` of right
-        argmax q^{t->s}.
-    Raises:
-        ValueError: unknown align, or chunks missing.
+        `a_s2t`, see `cross_model_attention`; counts `n_s`, `n_t` of real positions, `n_correct` of right
+        argmax q^{t->s}. ValueError: unknown align, or chunks missing.
     """
     if align not in ("cma", "clp", "cla") or align != "cma" and chunks is None:
         raise ValueError(f"dual_space_losses: found align={align!r}, chunks={chunks}; clp, cla need chunks")
@@ -709,7 +701,7 @@ def train(args, folder, device, teacher_source=None):
     checkpoint.
 
     Writes args.json, log.jsonl, best/ and state.pt into the folder, and goes on from state.pt if it is there.
-    InputError: sizes that do not divide, too few rows. FloatingPointError: a term that is not finite.
+    InputError: sizes that do not divide, too few rows. FloatingPointError: a term is not finite.
     """
     rank, processes = world()
     if args.batch_size % (args.micro_batch * processes):
