@@ -584,7 +584,7 @@ def test_prompts_get_what_their_tokenizer_puts_in_front(case):
 
 
 def test_an_epoch_is_a_partition_into_sorted_steps():
-    lengths = [random.Random(0).randint(5, 90) for _ in range(103)]
+    lengths = random.Random(0).choices(range(5, 90), k=103)
     plan = dskd_ga.plan_epoch(lengths, 8, 2, seed=1, epoch=0)
     steps = [[i for micro_batch in step for i in micro_batch] for step in plan]
     assert len(plan) == 12 and all(len(micro_batch) == 2 for step in plan for micro_batch in step)
