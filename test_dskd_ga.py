@@ -801,16 +801,16 @@ def test_a_run_writes_what_a_user_needs(case, reference_run):
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(case, tmp_path, monkeypatch):
-    settings = dict(ga=True, teacher_ready=True, save_every=2, dropout=0.2)
+    settings = dict(ga=True, teacher_ready=True, save_every=2, log_every=1, dropout=0.2)
     whole = run(case, tmp_path / "whole", **settings)
     backward_passes = dskd_ga.backward_passes
 
-    def stop_at_step_3(model, teacher, data, pads, micro_batches, step, *rest):
-        if step == 3:
+    def stop_at_step_4(model, teacher, data, pads, micro_batches, step, *rest):
+        if step == 4:  # after step 3 was logged, but not saved
             raise KeyboardInterrupt
         return backward_passes(model, teacher, data, pads, micro_batches, step, *rest)
 
-    monkeypatch.setattr(dskd_ga, "backward_passes", stop_at_step_3)
+    monkeypatch.setattr(dskd_ga, "backward_passes", stop_at_step_4)
     with pytest.raises(KeyboardInterrupt):
         run(case, tmp_path / "stopped", **settings)
     monkeypatch.undo()
