@@ -1020,6 +1020,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"dskd_ga.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -534,6 +534,17 @@ def test_a_bad_row_is_named(tmp_path, line, named):
         dskd_ga.read_rows(path)
 
 
+def test_data_files_come_from_disk_or_from_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(dskd_ga, "hf_hub_download", lambda *args, **options: (args, options))
+    monkeypatch.chdir(tmp_path)
+    file, asked = "ORG/set/11_/valid.jsonl", (("ORG/set", "11_/valid.jsonl"), dict(repo_type="dataset"))
+    assert dskd_ga.fetch(file) == asked
+    (tmp_path / "ORG/set/11_").mkdir(parents=True)  # a local folder goes before the hub, even without the file
+    assert dskd_ga.fetch(file) == file
+    with pytest.raises(OSError, match="valid.jsonl"):
+        dskd_ga.read_rows(file)
+
+
 @pytest.fixture(scope="session")
 def case(tmp_path_factory):
     """The demo's rows, tokenizers and untrained models."""
@@ -800,6 +811,13 @@ def test_a_run_writes_what_a_user_needs(case, reference_run):
         )
 
 
+def test_a_checkpoint_alone_is_evaluated_as_in_its_run(case, reference_run, tmp_path):
+    folder = run(case, tmp_path, eval_only=reference_run / "best", eval_seeds=[2, 1])
+    found, expected = (json.loads((f / "eval.json").read_text())["rougeL"] for f in (folder, reference_run))
+    assert found == {name: values[::-1] for name, values in expected.items()}
+    assert not (folder / "log.jsonl").exists()
+
+
 def test_a_stopped_run_goes_on_to_the_same_weights(case, tmp_path, monkeypatch):
     settings = dict(ga=True, teacher_ready=True, save_every=2, log_every=1, dropout=0.2)
     whole = run(case, tmp_path / "whole", **settings)
@@ -879,12 +897,11 @@ def test_settings_that_cannot_work_are_named(case, tmp_path, settings, message):
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, dskd_ga.__file__, "--tests", f"a={write_lines(tmp_path / 'x.jsonl', '{')}"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "x.jsonl, line 1" in done.stderr
+    broken = write_lines(tmp_path / "broken.jsonl", "{")
+    for path, named in ((broken, "broken.jsonl, line 1"), (tmp_path / "missing.jsonl", "missing.jsonl")):
+        command = [sys.executable, dskd_ga.__file__, "--tests", f"a={path}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr
 
 
 def test_importing_does_nothing(tmp_path):
@@ -983,7 +1000,7 @@ SHARED = pathlib.Path(__file__).resolve().parent.parent / "shared"
 def test_the_papers_tokenizers_on_real_rows(tmp_path):
     for name, config in (
         ("gpt2", dict(n_embd=32, n_layer=1, n_head=2)),
-        ("qwen1.5", SMALL | dict(vocab_size=151936, num_key_value_heads=2, layer_types=["full_attention"] * 2)),
+        ("qwen1.5", SMALL | dict(vocab_size=151936, num_key_value_heads=2, layer_types=2 * ["full_attention"])),
     ):
         source, target = SHARED / "tokenizers" / name, tmp_path / name
         config = transformers.AutoConfig.from_pretrained(source, **config)
