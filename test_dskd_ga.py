@@ -539,7 +539,7 @@ def test_data_files_come_from_disk_or_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file, asked = "ORG/set/11_/valid.jsonl", (("ORG/set", "11_/valid.jsonl"), dict(repo_type="dataset"))
     assert dskd_ga.fetch(file) == asked
-    (tmp_path / "ORG/set/11_").mkdir(parents=True)  # a local folder goes before the hub, even without the file
+    (tmp_path / "ORG/set/11_").mkdir(parents=True)  # a local folder goes before the hub
     assert dskd_ga.fetch(file) == file
     with pytest.raises(OSError, match="valid.jsonl"):
         dskd_ga.read_rows(file)
@@ -1000,7 +1000,7 @@ SHARED = pathlib.Path(__file__).resolve().parent.parent / "shared"
 def test_the_papers_tokenizers_on_real_rows(tmp_path):
     for name, config in (
         ("gpt2", dict(n_embd=32, n_layer=1, n_head=2)),
-        ("qwen1.5", SMALL | dict(vocab_size=151936, num_key_value_heads=2, layer_types=2 * ["full_attention"])),
+        ("qwen1.5", SMALL | dict(vocab_size=151936, num_key_value_heads=2, layer_types=["full_attention"] * 2))
     ):
         source, target = SHARED / "tokenizers" / name, tmp_path / name
         config = transformers.AutoConfig.from_pretrained(source, **config)
