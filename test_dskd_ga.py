@@ -802,13 +802,13 @@ def test_a_run_writes_what_a_user_needs(case, reference_run):
     assert list(scores) == ["seen", "longer", "OOD", "All"] and all(
         len(values) == 2 for values in scores.values()
     )
+    args, model = dskd_ga.build_parser().parse_args(flags(case, "unused")), student.eval()
     for name in ("seen", "longer"):
         rows = [json.loads(line) for line in open(reference_run / "predictions" / f"{name}-1.jsonl")]
-        assert len(rows) == 12
-        assert (
-            rouge_l([row["prediction"] for row in rows], [row["references"] for row in rows])["rougeL"]
-            == scores[name][0]
-        )
+        prompts, references, texts = zip(*(row.values() for row in rows))
+        assert list(zip(prompts, references)) == dskd_ga.read_rows(case / f"{name}.jsonl", 12)
+        assert list(texts) == dskd_ga.generate(model, tokenizer, list(prompts), 1, args, 6)
+        assert rouge_l(texts, references)["rougeL"] == scores[name][0]
 
 
 def test_a_checkpoint_alone_is_evaluated_as_in_its_run(case, reference_run, tmp_path):
