@@ -629,8 +629,7 @@ def save_model(model, tokenizer, folder):
     fresh.rename(folder)
 
 def open_run(folder, args):
-    """What args.json of the run's folder holds, made if need be. InputError if its settings are other
-    ones."""
+    """What the folder's args.json holds, which is made if need be. InputError: it has other settings."""
     path, skip = folder / "args.json", NOT_IDENTITY | (TEACHER_ONLY if args.method == "sft" else set())
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in skip}
     if path.exists():
@@ -655,9 +654,9 @@ def append_log(path, lines):
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
 def log_lines(steps, seconds):
-    """The log's lines from each step's (line, this process's sums, gradient norm), which leave the device
-    together.
-    Sums are added over processes and divided once, by student tokens (names in _k: by teacher tokens)."""
+    """The log's lines from each step's (line, this process's sums on the device, gradient norm). Sums are
+    added over processes and divided once, by student tokens (where the name ends in _k, by teacher
+    tokens)."""
     names = list(steps[0][1])
     sums = torch.stack([torch.stack([mine[name].float() for name in names]) for _, mine, _ in steps])
     if dist.is_initialized():
@@ -671,8 +670,7 @@ def log_lines(steps, seconds):
     return [line for line, _, _ in steps]
 
 def backward_passes(model, teacher, data, pads, micro_batches, step, args, device):
-    """Leaves the gradient of one optimiser step in the parameters; returns numbers and device sums for the
-    log.
+    """Leaves an optimiser step's gradient in the parameters; returns numbers and device sums for the log.
 
     data: lists of `Example`s, the student's and (with a teacher) the teacher's. pads: their padding ids.
     micro_batches: lists of row indices, of which this process takes its share.
@@ -697,8 +695,7 @@ def backward_passes(model, teacher, data, pads, micro_batches, step, args, devic
     return dict(tokens=counts[0], teacher_tokens=counts[-1], padding=1 - read / padded), sums
 
 def train(args, folder, device, teacher_source=None):
-    """Trains args.student with the teacher (None: plain fine-tuning); returns the path of its best
-    checkpoint.
+    """Trains args.student with the teacher (None: plain fine-tuning); returns its best checkpoint's path.
 
     Writes args.json, log.jsonl, best/ and state.pt into the folder, and goes on from state.pt if it is there.
     InputError: sizes that do not divide, too few rows. FloatingPointError: a term is not finite.
@@ -837,8 +834,7 @@ def generate(model, tokenizer, prompts, seed, args, no_repeat_ngram=0):
     return [text for _, text in sorted(texts)]
 
 def rouge_l(predictions, references):
-    """ROUGE-L F1 with Porter's stemmer, and exact match of lower-cased text without punctuation, as in
-    MiniLLM.
+    """ROUGE-L F1 with Porter's stemmer, exact match of lower-case text without punctuation, as in MiniLLM.
 
     predictions: N texts; references: N lists of texts, of which the best counts. Returns `rougeL` and
     `exact_match`, means in percent. ValueError: the two differ in number.
@@ -915,8 +911,7 @@ NOUNS = "apple basket candle dragon engine forest garden hammer island jacket ke
 ADJECTIVES = "red brown white green grey dark lush heavy remote warm hot tall shiny".split()
 
 def demo_row(rng, longer):
-    """One task, from recalling a fact (easy) to adding numbers (hard); the `longer` ones are out of
-    distribution."""
+    """One task, from recalling a fact (easy) to adding numbers (hard); out of distribution if longer."""
     nouns = rng.sample(NOUNS, rng.randint(5, 6) if longer else rng.randint(2, 4))
     a, b = (rng.randint(100, 199) if longer else rng.randint(10, 99) for _ in range(2))
     words = " ".join(nouns)
@@ -958,8 +953,7 @@ def write_demo(folder, seed):
         save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder / name)
 
 def demo(args, device):
-    """Untrained and SFT student, CMA, CMA-GA and teacher, by the code of the paper's runs. Returns their
-    scores."""
+    """The scores of untrained and SFT student, CMA, CMA-GA and teacher, by the code of the paper's runs."""
     folder = pathlib.Path(args.out) / "demo"
     if world()[0] == 0 and not (folder / "teacher").exists():
         write_demo(folder, args.seed)
@@ -983,8 +977,7 @@ def run_name(args):
     return "-".join([args.method, *["ga"] * args.ga, args.div])
 
 def experiment(args, device):
-    """One row of the table: fine-tunes the teacher if need be, trains, evaluates the best checkpoint; its
-    scores."""
+    """The scores of one run: fine-tunes the teacher if need be, trains, evaluates the best checkpoint."""
     out, source, teacher = pathlib.Path(args.out), args.eval_only, None
     folder = out / (run_name(args) if args.name or source else f"{run_name(args)}-{args.seed}")
     read_test_sets(args)  # a wrong file is told now, not after hours of training
