@@ -988,9 +988,8 @@ def test_documented_commands_parse():
 
 
 def test_every_equation_is_in_the_code_by_its_number():
-    source = pathlib.Path(dskd_ga.__file__).read_text()
-    missing = [n for n in range(1, 17) if f"({n})" not in source]
-    assert missing == []
+    body = pathlib.Path(dskd_ga.__file__).read_text().split('"""', 2)[2]  # without the header's glossary
+    assert [n for n in range(1, 17) if f"({n})" not in body] == [15]  # conditional transport is not here
 
 
 SHARED = pathlib.Path(__file__).resolve().parent.parent / "shared"
