@@ -39,8 +39,8 @@ Glossary: B sequences, S and T student and teacher response positions, V_s and V
   M^{t->s}            chunks         (B, S, T)             (10), (11)
   D                   Discriminator  2 d_t -> logit        (14)
 """
-import argparse, contextlib, itertools, json, math, os, pathlib, random, re, resource, shlex, shutil
-import statistics, string, sys, time
+import argparse, contextlib, html, itertools, json, math, os, pathlib, random, re, resource, shlex, shutil
+import statistics, string, sys, time, unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -58,11 +58,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 TEST_SETS = ["Dolly=MiniLLM/dolly/valid.jsonl", "SelfInst=MiniLLM/self-inst/valid.jsonl",
              "Vicuna=MiniLLM/Vicuna/valid.jsonl", "S-NI=MiniLLM/sinst/11_/valid.jsonl",
              "UnNI=MiniLLM/uinst/11_/valid.jsonl"]
-# What may differ when a run is taken up again, and what plain fine-tuning does not depend on.
+# What may differ when a run is taken up again, what plain fine-tuning does not depend on, and evaluation does.
 NOT_IDENTITY = {"out", "name", "demo", "eval_only", "tests", "eval_seeds", "eval_limit", "no_repeat_ngram",
-                "log_every", "save_every"}
-TEACHER_ONLY = {"teacher", "teacher_ready", "teacher_epochs", "teacher_lr", "div", "ga", "ga_weight",
-                "temperature", "skew", "all_positions", "s2t_div", "lr_projectors"}
+                "log_every", "save_every", "align", "report", "baseline"}
+TEACHER_ONLY = {"teacher", "teacher_ready", "teacher_epochs", "teacher_lr", "div", "ga", "ct", "released_kq",
+                "kq_weight", "temperature", "skew", "all_positions", "s2t_div", "normalise_queries", "lr_projectors"}
+EVALUATION = ("tests", "eval_seeds", "eval_limit", "eval_batch", "max_prompt", "max_new_tokens", "no_repeat_ngram")
+ALIGNED, SAME_TOKENIZER = ("cma", "clp", "cla"), ("kd", "dskd")
+DUAL_SPACE = (*ALIGNED, "dskd")
 
 class InputError(ValueError):
     """Bad input, named in one line: main prints it and exits with status 2."""
@@ -77,13 +80,19 @@ def build_parser():
         description=__doc__.split("\n\nContents")[0], usage="dskd_ga.py [--flag value ...]",
         epilog="A command that was stopped goes on from its last save when it is given again.")
     g = parser.add_argument_group("what to run")
-    g.add_argument("--method", choices=("cma", "clp", "cla", "sft"), default="cma",
-                   help="cma: attention, eq. (3); clp, cla: chunks, eqs. (12), (13); sft: no teacher")
+    g.add_argument("--method", choices=("cma", "clp", "cla", "sft", "kd", "dskd", "uld", "mined"), default="cma",
+                   help="cma: attention, eq. (3); clp, cla: chunks, eqs. (12), (13); sft: no teacher; kd, dskd: for "
+                        "a pair with one tokenizer; uld, mined: logits matched by rank, by edit distance")
     g.add_argument("--ga", action="store_true", help="add the adversary on keys and queries, eq. (14)")
-    g.add_argument("--div", choices=DIVERGENCES, default="skl", help="f of KD^{t->s}; try srkl without --ga")
+    g.add_argument("--ct", action="store_true", help="add conditional transport between them, eq. (15)")
+    g.add_argument("--div", choices=DIVERGENCES, default="skl", help="f of KD^{t->s} and kd; try srkl without --ga")
     g.add_argument("--demo", action="store_true",
-                   help="make small tasks, tokenizers and models, and run them; heeds --out and --seed only")
+                   help="other defaults: small tasks, tokenizers and models, made on the spot in --out (runs/demo)")
     g.add_argument("--eval-only", metavar="MODEL", help="evaluate this folder or hub id, train nothing")
+    g.add_argument("--align", metavar="N", type=int, default=0,
+                   help="write alignment.html with N rows: of the run, or of those of --report side by side")
+    g.add_argument("--report", metavar="RUN", nargs="+", help="print the table of these finished runs' folders")
+    g.add_argument("--baseline", metavar="NAME", help="with --report: differences to the runs of that name")
     g.add_argument("--out", metavar="FOLDER", default="runs", help="where runs go; they share a teacher")
     g.add_argument("--name", help="the run's folder in it; made of method, div and seed if not given")
     g = parser.add_argument_group("models: folders or hub ids of causal language models")
@@ -100,7 +109,11 @@ def build_parser():
     g = parser.add_argument_group("objective")
     g.add_argument("--temperature", type=float, default=2.0, help="tau, on both sides of the divergences")
     g.add_argument("--skew", type=float, default=0.1, help="a of skl and srkl")
-    g.add_argument("--ga-weight", type=float, default=1.0, help="factor of L_KQ in eq. (16)")
+    g.add_argument("--kq-weight", type=float, default=1.0, help="factor of L_KQ in eq. (16)")
+    g.add_argument("--released-kq", action="store_true",
+                   help="L_KQ as in the authors' code: D or critic stays at its random start, L_KQ is divided twice")
+    g.add_argument("--normalise-queries", action="store_true",
+                   help="N_std(Q) as for K; try it: queries start some 14 times smaller than keys")
     g.add_argument("--all-positions", action="store_true",
                    help="KD^{t->s} everywhere, eq. (8) to the letter, not only where argmax q^{t->s} is gold")
     g.add_argument("--s2t-div", choices=DIVERGENCES, default="kl", help="f of KD^{s->t}; eq. (8) has --div's")
@@ -134,9 +147,10 @@ class Row(NamedTuple):
 
 class Example(NamedTuple):
     """A row as one model reads it."""
-    ids: list    # prompt, response, end of text; cut at the length limit
+    ids: list    # prompt, response, end of text; cut at the length limit, but not inside a character
     start: int   # where the response begins
     spans: list  # (start, end) of each response token in the response's characters; end of text: (-1, -1)
+    chunk: list  # the number of each response token's chunk, eq. (10); negative: none
 
 class Side(NamedTuple):
     """A padded batch for one model: B sequences with up to n response positions."""
@@ -145,6 +159,7 @@ class Side(NamedTuple):
     mask: torch.Tensor     # (B, n) bool, True on real positions
     inputs: torch.Tensor   # (B, n) the token read there
     targets: torch.Tensor  # (B, n) the token predicted there, one of the response's
+    chunk: torch.Tensor    # (B, n) the number of that token's chunk; negative: none
 
 def fetch(source):
     """Path of a data file: a local file, or ORG/DATASET/FILE from the hub (downloaded once)."""
@@ -197,18 +212,41 @@ def encode(tokenizer, rows, max_length):
     prompts = tokenizer([row.prompt for row in rows], **options)["input_ids"]
     responses = tokenizer([row.references[0] for row in rows], return_offsets_mapping=True, **options)
     examples = []
-    for prompt, ids, spans in zip(prompts, responses["input_ids"], responses["offset_mapping"]):
-        start, ids = len(lead + prompt), (lead + prompt + ids + [tokenizer.eos_token_id])[:max_length]
-        examples.append(Example(ids, start, [*spans, (-1, -1)][:max(0, len(ids) - start)]))
+    for row, prompt, ids, spans in zip(rows, prompts, responses["input_ids"], responses["offset_mapping"]):
+        text, start = row.references[0], len(lead + prompt)
+        if not text.isascii():  # a letter and its combining marks, which a tokenizer may join, are one character
+            ends = list(range(len(text) + 1))
+            for i in reversed(range(len(text))):
+                ends[i] = ends[i + 1] if unicodedata.combining(text[i]) else i
+            spans = [(first, ends[last]) for first, last in spans]
+        ids, spans = lead + prompt + ids + [tokenizer.eos_token_id], [*spans, (-1, -1)]
+        room = min(len(spans), max(0, max_length - start))
+        while 0 < room < len(spans) and 0 <= spans[room][0] < spans[room - 1][1]:
+            room -= 1
+        examples.append(Example(ids[:start + room], start, spans[:room], [-1] * room))
     return examples
 
-def training_data(rows, tokenizers, max_prompt, max_length):
+def token_texts(tokenizer):
+    """The text of each id, as MinED compares them: pieces of bytes or characters, spaces written alike."""
+    return [text.replace("▁", "Ġ") for text in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+
+def training_data(rows, tokenizers, max_prompt, max_length, method="cma"):
     """A list of `Example`s for each tokenizer, the student's first, without the rows whose prompt is over the
     limit (in the student's tokens) or leaves no room for a response; and how many rows that were."""
     sides = [encode(tokenizer, rows, max_length) for tokenizer in tokenizers]
     keep = [i for i in range(len(rows))
             if sides[0][i].start <= max_prompt and all(side[i].spans for side in sides)]
-    return [[side[i] for i in keep] for side in sides], len(rows) - len(keep)
+    sides = [[side[i] for i in keep] for side in sides]
+    texts = [token_texts(tokenizer) for tokenizer in tokenizers if method == "mined"]
+    for i in range(len(keep) if len(sides) == 2 else 0):
+        if method == "mined":
+            numbers = matched_alone(*([text[token] for token in side[i].ids[side[i].start:]]
+                                      for text, side in zip(texts, sides)))
+        else:
+            numbers = chunk_numbers(*(side[i].spans for side in sides))
+        for side, chunk in zip(sides, numbers):
+            side[i] = side[i]._replace(chunk=chunk.tolist())
+    return sides, len(rows) - len(keep)
 
 def plan_epoch(lengths, batch_size, micro_batch, seed, epoch):
     """The epoch's optimiser steps, each a list of micro-batches of row indices; fixed by seed and epoch."""
@@ -221,21 +259,20 @@ def plan_epoch(lengths, batch_size, micro_batch, seed, epoch):
 
 def collate(examples, pad, device):
     """The examples as a `Side` on the device, right-padded to the longest of them."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(e.ids) for e in examples], True, pad)
+    ids, chunk = (nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True, value) for rows, value in (
+        ([e.ids for e in examples], pad), ([e.chunk for e in examples], -1)))
     starts, counts = torch.tensor([(e.start, len(e.spans)) for e in examples])[:, :, None].unbind(1)
     index = torch.arange(int(counts.max()))[None]
     mask = index < counts
     pos = (starts - 1 + index) * mask
-    side = Side(ids[:, :-1], pos, mask, ids.gather(1, pos), ids.gather(1, pos + 1))
+    side = Side(ids[:, :-1], pos, mask, ids.gather(1, pos), ids.gather(1, pos + 1), chunk)
     if device.type == "cuda":
         side = Side(*(x.pin_memory().to(device, non_blocking=True) for x in side))
     return side
 
-def collate_chunks(students, teachers, device):
-    """M^{t->s} of eq. (11) for a batch, (B, S, T) bool, from both sides' examples."""
-    s, t = (max(len(e.spans) for e in side) for side in (students, teachers))
-    chunks = [chunk_alignment(a.spans, b.spans) for a, b in zip(students, teachers)]
-    return torch.stack([F.pad(c, (0, t - c.shape[1], 0, s - c.shape[0])) for c in chunks]).to(device)
+def chunks_of(s, t):
+    """M^{t->s} of eq. (11) for a batch's two `Side`s, (B, S, T) bool."""
+    return (s.chunk[:, :, None] == t.chunk[:, None]) & s.mask[:, :, None] & t.mask[:, None]
 
 # 3. Models: trunk, head and embeddings of any causal language model =========================================
 class Head(NamedTuple):
@@ -382,26 +419,114 @@ def chunk_projection(chunks, s_mask, t_mask):
     m = (chunks & s_mask[:, :, None] & t_mask[:, None, :]).float()
     return m / m.sum(-1, keepdim=True).clamp(min=1), m.mT / m.mT.sum(-1, keepdim=True).clamp(min=1)
 
-def chunk_alignment(s_spans, t_spans):
-    """M^{t->s} of eq. (11) for one row, bool (n_s, n_t): tokens in the same minimal chunk of text, eq. (10).
+def align_positions(align, q, k, s_mask, t_mask, chunks=None):
+    """A^{t->s}, A^{s->t} by name: cma, eq. (3) | clp, (12) | cla, (13) | dskd, position by position."""
+    if align == "dskd":
+        a = torch.diag_embed(s_mask.float())
+        return a, a
+    if align == "clp":
+        return chunk_projection(chunks, s_mask, t_mask)
+    return cross_model_attention(q, k, s_mask, t_mask, chunks if align == "cla" else None)
 
-    Spans are the (start, end) characters of a side's *target* tokens, in order; end of text is (-1, -1).
-    Tokens after the last common cut (one side was truncated) are in no chunk.
-    """
+def chunk_numbers(s_spans, t_spans):
+    """For the tokens of either side of one row, (n_s,) and (n_t,), the number of their chunk, eq. (10), the
+    minimal span of text that begins and ends between tokens of both sides. Arguments of `chunk_alignment`."""
     def cuts(spans):  # where tokens end, but not inside a character: there, the next token starts before that
         text = [(start, end) for start, end in spans if end >= 0]
         return {end for (_, end), (after, _) in zip(text, text[1:] + [(math.inf, 0)]) if after >= end}
 
-    def chunk_ids(spans, nowhere):  # tokens of one chunk have equally many cuts before them
+    def number(spans, nowhere):  # tokens of one chunk have equally many cuts before them
         ends = torch.tensor([end for _, end in spans], dtype=torch.long)
         ids = torch.searchsorted(common, ends)
         return torch.where(ends < 0, len(common), torch.where(ids < len(common), ids, nowhere))
 
     # NOT IN PAPER: target tokens (departure 4)
     common = torch.tensor(sorted(cuts(s_spans) & cuts(t_spans)), dtype=torch.long)
-    return chunk_ids(s_spans, -1)[:, None] == chunk_ids(t_spans, -2)[None]
+    return number(s_spans, -1), number(t_spans, -2)
 
-# 6. Key-query matching: the generative adversary (GA) =======================================================
+def chunk_alignment(s_spans, t_spans):
+    """M^{t->s} of eq. (11) for one row, bool (n_s, n_t): tokens in the same chunk.
+
+    Spans are the (start, end) characters of a side's *target* tokens, in order; end of text is (-1, -1).
+    Tokens after the last common cut (one side was truncated) are in no chunk.
+    """
+    s, t = chunk_numbers(s_spans, t_spans)
+    return s[:, None] == t[None]
+
+def edit_distances(s_texts, t_texts):
+    """Levenshtein distances (n_s, n_t) of all pairs of the texts."""
+    s_length, t_length = (np.array([len(text) for text in texts]) for texts in (s_texts, t_texts))
+    s_codes, t_codes = (np.array([[ord(c) for c in text.ljust(length.max(), "\0")] for text in texts])
+                        for texts, length in ((s_texts, s_length), (t_texts, t_length)))
+    columns = np.arange(t_codes.shape[1] + 1, dtype=np.int16)
+    row = np.tile(columns[:, None, None], (1, len(s_texts), len(t_texts)))
+    result = np.empty_like(row[0])
+    for i in range(s_codes.shape[1] + 1):  # row[j]: distances between the first i and the first j characters
+        if i:
+            last, row = row, np.full_like(row, i)
+            for j in range(1, len(row)):
+                replaced = last[j - 1] + (s_codes[:, i - 1, None] != t_codes[:, j - 1])
+                row[j] = np.minimum(replaced, np.minimum(last[j], row[j - 1]) + 1)
+        result[s_length == i] = row[t_length, :, range(len(t_texts))].T[s_length == i]
+    return result
+
+def matched_alone(s_texts, t_texts):
+    """MinED's alignment of one row's tokens, by dynamic time warping with the edit distance as cost: chunk
+    numbers, as of `chunk_numbers`, of the tokens that it matches with one token which has no other match."""
+    n, m = len(s_texts), len(t_texts)
+    (s_texts, s_which), (t_texts, t_which) = (np.unique(texts, return_inverse=True) for texts in (s_texts, t_texts))
+    cost = edit_distances(s_texts, t_texts)[np.ix_(s_which, t_which)]
+    total = np.full((n + 1, m + 1), np.inf)
+    total[0, 0] = 0
+    for diagonal in range(2, n + m + 1):  # its cells do not depend on each other
+        i = np.arange(max(1, diagonal - m), min(n, diagonal - 1) + 1)
+        j = diagonal - i
+        total[i, j] = cost[i - 1, j - 1] + np.minimum.reduce(
+            [total[i - 1, j - 1], total[i - 1, j], total[i, j - 1]])
+    i, j, path = n, m, []
+    while i:  # both reach 0 together
+        path.append((i - 1, j - 1))
+        i, j = min(((i - 1, j - 1), (i - 1, j), (i, j - 1)), key=total.__getitem__)
+    matches = np.zeros((n, m), bool)
+    matches[tuple(zip(*path))] = True
+    alone = torch.from_numpy(matches & (matches.sum(1, keepdims=True) == 1) & (matches.sum(0) == 1))
+    i, j = alone.nonzero(as_tuple=True)
+    s_chunk, t_chunk = torch.full((n,), -1), torch.full((m,), -2)
+    s_chunk[i] = t_chunk[j] = torch.arange(len(i))
+    return s_chunk, t_chunk
+
+def token_map(s_texts, t_texts):
+    """MinED's map of vocabularies: for each teacher token (V_t texts) the student token (of V_s texts) at the
+    least edit distance, the first of equals, as a list of V_t ids; -1 for tokens over two edits from any."""
+    def variants(text):  # after 0, 1, 2 edits: (text with characters replaced by a wildcard or deleted, deletions)
+        level = {(text, 0)}
+        yield level
+        for _ in range(2):
+            level = {edited for old, deleted in level for i in range(len(old)) for edited in (
+                (old[:i] + "\0" + old[i + 1:], deleted), (old[:i] + old[i + 1:], deleted + 1))}
+            yield level
+
+    # Two texts are n edits apart if they become one by w replacements in both, x deletions in the one, y in the
+    # other, w + x + y = n; `first` has the student's side of that. Texts that both have need no variants.
+    exact = {text: i for i, text in reversed(list(enumerate(s_texts)))}
+    first = [{}, {}, {}]  # first[y][variant]: the first student token that has it after y deletions
+    for i, text in enumerate(s_texts):
+        for level in variants(text):
+            for variant, deleted in level:
+                first[deleted].setdefault(variant, i)
+
+    def nearest(text):
+        for edits, _ in enumerate(first):
+            found = [first[edits - w - x].get(variant) for level in itertools.islice(variants(text), edits + 1)
+                     for variant, x in level if 0 <= edits - (w := variant.count("\0")) - x]
+            found = [i for i in found if i is not None]
+            if found:
+                return min(found)
+        return -1
+
+    return [exact[text] if text in exact else nearest(text) for text in t_texts]
+
+# 6. Key-query matching: generative adversary (GA), conditional transport (CT) ===============================
 class Discriminator(nn.Module):
     """D of eq. (14), (..., width) -> (...): a logit per vector, high for "a query". Highway layer and MLP."""
 
@@ -435,7 +560,43 @@ def ga_loss(disc, q, k, s_mask, t_mask):
     terms = ga_terms(disc, q, k, s_mask, t_mask)
     return terms["ga_q"] / s_mask.sum().clamp(min=1) + terms["ga_k"] / t_mask.sum().clamp(min=1)
 
-# 7. Objective: the dual-space loss ==========================================================================
+class Critic(nn.Module):
+    """The critic's and the navigator's networks of eq. (15): (..., width) -> (..., hidden), of norm 1."""
+
+    def __init__(self, width, hidden=768, dropout=0.1):
+        super().__init__()
+        self.critic, self.navigator = (
+            nn.Sequential(nn.Dropout(dropout), nn.Linear(width, hidden), nn.LeakyReLU(0.1),
+                          nn.Linear(hidden, hidden)) for _ in range(2))
+
+    def forward(self, x, name):  # name: critic | navigator
+        network = getattr(self, name)
+        if name == "critic":  # it ascends what all others descend: 2 sg(w) - w has the gradient -1
+            weights = {key: 2 * weight.detach() - weight for key, weight in network.named_parameters()}
+            return F.normalize(full_precision(torch.func.functional_call(network, weights, x)), dim=-1)
+        return F.normalize(full_precision(network(x)), dim=-1)
+
+def ct_terms(critic, q, k, s_mask, t_mask):
+    """Sums behind `ct_loss`, scalars: the halves of eq. (15) over queries, `ct_q`, and over keys, `ct_k`."""
+    q, k = zero_padding(q, s_mask), zero_padding(k.detach(), t_mask)
+    (c_q, c_k), (n_q, n_k) = ((critic(q, name), critic(k, name)) for name in ("critic", "navigator"))
+    cost, nearness = 1 - c_q @ c_k.mT, n_q @ n_k.mT  # (B, S, T); the cost is the cosine distance
+    to_keys, to_queries = ((nearness + mask).softmax(axis) for axis, mask in (
+        (2, -1e4 * ~t_mask[:, None]), (1, -1e4 * ~s_mask[:, :, None])))
+    return dict(ct_q=0.5 * ((to_keys * cost).sum(2) * s_mask).sum(),
+                ct_k=0.5 * ((to_queries * cost).sum(1) * t_mask).sum())
+
+def ct_loss(critic, q, k, s_mask, t_mask):
+    """Eq. (15), conditional transport between each sequence's queries and keys: half the mean over queries of
+    the cost of reaching the keys that the navigator finds near, and half the same the other way round.
+
+    Minimising it trains P_Q and the navigator; the critic's gradient is reversed. Arguments as of `ga_loss`,
+    critic: `Critic`.
+    """
+    terms = ct_terms(critic, q, k, s_mask, t_mask)
+    return terms["ct_q"] / s_mask.sum().clamp(min=1) + terms["ct_k"] / t_mask.sum().clamp(min=1)
+
+# 7. Objective: the dual-space loss, and the baselines' ======================================================
 class HeadLosses(torch.autograd.Function):
     """Behind `head_losses`: forms each sum's gradient in the sum's own slice, while the logits are there, so
     that no product with a head is computed twice; the backward pass only weighs these gradients."""
@@ -486,9 +647,22 @@ def cross_entropy_sum(logits, targets):
     """CE of eq. (9), for `head_losses`."""
     return (F.cross_entropy(logits, targets, reduction="sum"),)
 
+def keys_and_queries(proj, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, E_s, E_t, normalise_queries=False):
+    """Q (B, S, 2 d_t), K (B, T, 2 d_t) of eqs. (1) and (2), and e^t_target (B, T, d_t). Arguments as of
+    `dual_space_losses`."""
+    with torch.no_grad():  # embeddings are constants for the distillation terms
+        e_s_in, e_s_tgt, e_t_in, e_t_tgt = (
+            F.embedding(ids.masked_fill(~mask, 0), E) if torch.is_tensor(E) else E(ids.masked_fill(~mask, 0))
+            for ids, mask, E in ((s_in, s_mask, E_s), (s_tgt, s_mask, E_s), (t_in, t_mask, E_t),
+                                 (t_tgt, t_mask, E_t)))
+        k = std_normalise(torch.cat([e_t_in, e_t_tgt], -1), t_mask)                     # (2)
+    q = zero_padding(proj.query(torch.cat([e_s_in, e_s_tgt], -1)), s_mask)              # (1)
+    # NOT IN PAPER: N_std(Q), if asked for (departure 8)
+    return std_normalise(q, s_mask) if normalise_queries else q, k, e_t_tgt
+
 def dual_space_losses(proj, h_s, h_t, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, E_s, E_t, W_s, W_t, *,
                       align="cma", chunks=None, div="skl", temperature=2.0, skew=0.1, correct_only=True,
-                      s2t_div="kl", max_logits=2 ** 23):
+                      s2t_div="kl", normalise_queries=False, max_logits=2 ** 23):
     """Every term of eqs. (1)-(9), as sums over positions.
 
     Args:
@@ -498,33 +672,26 @@ def dual_space_losses(proj, h_s, h_t, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, 
         s_mask: (B, S), t_mask: (B, T) bool, True on real positions; padding is on the right.
         E_s, E_t: input embeddings, a table (V, d) or the model's own module (which may scale its table).
         W_s, W_t: prediction heads, a weight (V, d) or a `Head`.
-        align: cma, eqs. (1)-(3) | clp, eq. (12) | cla, eq. (13); the last two need chunks: (B, S, T) bool.
+        align: cma, eqs. (1)-(3) | clp, eq. (12) | cla, eq. (13) | dskd, position by position, for models with
+            one tokenizer. clp and cla need chunks: (B, S, T) bool.
         div, temperature, skew: f, see `divergence`.  s2t_div: f of KD^{s->t}.
         correct_only: KD^{t->s} counts only positions where argmax q^{t->s} is the gold token.
+        normalise_queries: N_std(Q) in place of Q.
         max_logits: see `head_losses`.
     Returns:
         dict of sums `ce`, `ce_t2s`, `kd_t2s`, `kd_s2t`; `q` (B, S, 2 d_t), `k` (B, T, 2 d_t), `a_t2s`,
         `a_s2t`, see `cross_model_attention`; counts `n_s`, `n_t` of real positions, `n_correct` of right
-        argmax q^{t->s}. ValueError: unknown align, or chunks missing.
+        argmax q^{t->s}. ValueError: unknown align, chunks missing, or dskd of sequences that differ in length.
     """
-    if align not in ("cma", "clp", "cla") or align != "cma" and chunks is None:
+    if align not in ("cma", "clp", "cla", "dskd") or align in ("clp", "cla") and chunks is None:
         raise ValueError(f"dual_space_losses: found align={align!r}, chunks={chunks}; clp, cla need chunks")
+    if align == "dskd" and not torch.equal(s_mask, t_mask):
+        raise ValueError("dual_space_losses: found different masks, expected one tokenization for dskd")
     W_s, W_t = (W if isinstance(W, Head) else Head(W) for W in (W_s, W_t))
-    s_in, s_tgt, t_in, t_tgt = (ids.masked_fill(~mask, 0) for ids, mask in (
-        (s_in, s_mask), (s_tgt, s_mask), (t_in, t_mask), (t_tgt, t_mask)))
-    h_s, h_t = zero_padding(h_s, s_mask), zero_padding(h_t.detach(), t_mask)
-    with torch.no_grad():  # embeddings and all of the teacher are constants for the distillation terms
-        e_s_in, e_s_tgt, e_t_in, e_t_tgt = (
-            F.embedding(ids, E) if torch.is_tensor(E) else E(ids)
-            for ids, E in ((s_in, E_s), (s_tgt, E_s), (t_in, E_t), (t_tgt, E_t)))
-        k = std_normalise(torch.cat([e_t_in, e_t_tgt], -1), t_mask)                     # (2)
-        v_in = std_normalise(h_t, t_mask) + std_normalise(e_t_tgt, t_mask)
-    q = zero_padding(proj.query(torch.cat([e_s_in, e_s_tgt], -1)), s_mask)              # (1)
-    if align == "clp":
-        a_t2s, a_s2t = chunk_projection(chunks, s_mask, t_mask)                         # (12)
-    else:
-        inside = chunks if align == "cla" else None
-        a_t2s, a_s2t = cross_model_attention(q, k, s_mask, t_mask, inside)              # (3), (13)
+    s_tgt, h_s, h_t = s_tgt.masked_fill(~s_mask, 0), zero_padding(h_s, s_mask), zero_padding(h_t.detach(), t_mask)
+    q, k, e_t_tgt = keys_and_queries(proj, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, E_s, E_t, normalise_queries)
+    a_t2s, a_s2t = align_positions(align, q, k, s_mask, t_mask, chunks)                 # (3), (12), (13)
+    v_in = h_t if align == "dskd" else std_normalise(h_t, t_mask) + std_normalise(e_t_tgt, t_mask)
     v_s2t, v_t2s = proj.s2t(h_s), proj.t2s(v_in)                                        # (4), (5)
     h_t2s, h_s2t = a_t2s.to(v_t2s.dtype) @ v_t2s, a_s2t.to(v_s2t.dtype) @ v_s2t         # (6)
 
@@ -549,6 +716,57 @@ def dual_space_losses(proj, h_s, h_t, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, 
     return dict(ce=ce, ce_t2s=ce_t2s, kd_t2s=kd_t2s, kd_s2t=kd_s2t, q=q, k=k, a_t2s=a_t2s, a_s2t=a_s2t,
                 n_s=s_mask.sum(), n_t=t_mask.sum(), n_correct=n_correct)
 
+def uld_loss(student_logits, teacher_logits):
+    """Universal logit distillation: the L1 distance of the two distributions, each sorted, the shorter padded
+    with zeros; (..., V_s), (..., V_t) -> (...)."""
+    p, q = (full_precision(z).softmax(-1).sort(-1, descending=True).values
+            for z in (teacher_logits, student_logits))
+    size = max(p.shape[-1], q.shape[-1])
+    return (F.pad(p, (0, size - p.shape[-1])) - F.pad(q, (0, size - q.shape[-1]))).abs().sum(-1)
+
+def mined_targets(teacher_logits, vocabulary, gold, matched, size, temperature=2.0):
+    """MinED's target distributions over the student's vocabulary of that size, (N, size), as logits at the
+    temperature: the teacher's, carried over by the map of vocabularies; elsewhere one-hot.
+
+    teacher_logits: (N, V_t). vocabulary: (V_t,) ids as of `token_map`. gold: (N,) student ids. matched: (N,)
+    bool, True where the teacher's position is the only match of the student's, see `matched_alone`.
+    """
+    p = (full_precision(teacher_logits) / temperature).softmax(-1) * (vocabulary >= 0)
+    carried = p.new_zeros(len(p), size).index_add_(1, vocabulary.clamp(min=0), p)
+    mass = carried.sum(-1, keepdim=True)
+    one_hot = F.one_hot(gold, size).to(p.dtype)
+    return temperature * torch.where(matched[:, None] & (mass > 0), carried / mass, one_hot).log()
+
+def baseline_losses(method, h_s, h_t, s_tgt, s_mask, t_mask, W_s, W_t, *, chunks=None, vocabulary=None, div="skl",
+                    temperature=2.0, skew=0.1, max_logits=2 ** 23):
+    """Sums `ce` and `kd` over positions for losses on the teacher's logits; arguments as of `dual_space_losses`.
+
+    method: kd, f of both models' distributions over one vocabulary | uld, `uld_loss`, both position by
+    position | mined, KL from `mined_targets`: chunks (B, S, T) hold the single matches, vocabulary is the
+    `token_map` (V_t,).
+    """
+    s_tgt, h_s, h_t = s_tgt.masked_fill(~s_mask, 0), zero_padding(h_s, s_mask), zero_padding(h_t.detach(), t_mask)
+    if method == "mined":
+        matched = chunks.any(-1)
+        h_t = chunks.to(h_t.dtype) @ h_t
+    else:
+        longer = h_s.shape[1] - h_t.shape[1]
+        h_t, matched = F.pad(h_t, (0, 0, 0, longer)), F.pad(t_mask, (0, longer))
+
+    def student_space(z_s, z_t, target, matched):
+        if method == "uld":
+            kd = uld_loss(z_s, z_t) * matched
+        elif method == "kd":
+            kd = divergence(div, z_s, z_t, temperature, skew) * matched
+        else:
+            z_t = mined_targets(z_t, vocabulary, target, matched, z_s.shape[-1], temperature)
+            kd = divergence("kl", z_s, z_t, temperature)
+        return *cross_entropy_sum(z_s, target), kd.sum()
+
+    sides = [(h_s[s_mask], W_s), (h_t[s_mask], W_t.detach())]
+    ce, kd = head_losses(student_space, sides, (s_tgt[s_mask], matched[s_mask]), max_logits)
+    return dict(ce=ce, kd=kd)
+
 # 8. Training ================================================================================================
 def world():
     """(rank, number of processes)."""
@@ -564,22 +782,26 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 class Distiller(nn.Module):
-    """Everything that is trained: the student and, with a teacher, projectors and discriminator."""
+    """Everything that is trained: the student and, if the method has them, projectors and adversary."""
 
-    def __init__(self, student, teacher, args):
+    def __init__(self, student, teacher, args, vocabulary=None):
         super().__init__()
-        self.student, self.args, self.proj, self.disc = student, args, None, None
-        if teacher is not None:
+        self.student, self.args, self.proj, self.adversary = student, args, None, None
+        self.register_buffer("vocabulary", vocabulary, persistent=False)
+        if args.method in DUAL_SPACE:
             d_s, d_t = (model.get_input_embeddings().weight.shape[1] for model in (student, teacher))
             self.proj = Projectors(d_s, d_t)
-            if args.ga:
-                self.disc = Discriminator(2 * d_t, dropout=0.1 if args.dropout is None else args.dropout)
+            self.proj.query.requires_grad_(args.method in ("cma", "cla"))  # others use no query
+            if args.ga or args.ct:
+                rate = 0.1 if args.dropout is None else args.dropout
+                self.adversary = (Discriminator if args.ga else Critic)(2 * d_t, dropout=rate)
+                self.adversary.requires_grad_(not args.released_kq)
 
-    def forward(self, s, t, chunks, teacher, n_s, n_t):
+    def forward(self, s, t, teacher, n_s, n_t):
         """One micro-batch's share of L_train, eq. (16), and its sums for the log.
 
-        s, t: the student's and the teacher's `Side`. chunks: (B, S, T) bool or None. teacher: the frozen
-        model, or None, like t, for plain training. n_s, n_t: response tokens of the *whole* optimiser step.
+        s, t: the student's and the teacher's `Side`. teacher: the frozen model, or None, like t, for plain
+        training. n_s, n_t: response tokens of the *whole* optimiser step.
         """
         args, W_s, h_s = self.args, head_of(self.student), response_hidden(self.student, s)
         if teacher is None:
@@ -587,22 +809,34 @@ class Distiller(nn.Module):
             return ce / n_s, dict(ce=ce.detach())
         with torch.no_grad():
             h_t = response_hidden(teacher, t)
+        shared = dict(div=args.div, temperature=args.temperature, skew=args.skew,
+                      chunks=chunks_of(s, t) if args.method in ("clp", "cla", "mined") else None)
+        if args.method not in DUAL_SPACE:
+            terms = baseline_losses(args.method, h_s, h_t, s.targets, s.mask, t.mask, W_s, head_of(teacher),
+                                    vocabulary=self.vocabulary, **shared)
+            loss = 0.5 * (terms["ce"] + terms["kd"]) / n_s
+            return loss, {name: term.detach() for name, term in terms.items()}
         out = dual_space_losses(
             self.proj, h_s, h_t, s.inputs, s.targets, t.inputs, t.targets, s.mask, t.mask,
             self.student.get_input_embeddings(), teacher.get_input_embeddings(), W_s, head_of(teacher),
-            align=args.method, chunks=chunks, div=args.div, temperature=args.temperature, skew=args.skew,
-            correct_only=not args.all_positions, s2t_div=args.s2t_div)
+            align=args.method, correct_only=not args.all_positions, s2t_div=args.s2t_div,
+            normalise_queries=args.normalise_queries, **shared)
         loss = 0.5 * (out["ce"] + out["kd_s2t"] + out["kd_t2s"] + out["ce_t2s"]) / n_s      # (9)
         terms = {name: out[name] for name in ("ce", "ce_t2s", "kd_t2s", "kd_s2t", "n_correct")}
-        if self.disc is not None:
-            terms |= ga_terms(self.disc, out["q"], out["k"], s.mask, t.mask)
-            loss = loss + args.ga_weight * (terms["ga_q"] / n_s + terms["ga_k"] / n_t)      # (14), (16)
+        if self.adversary is not None:
+            name, sums = ("ga", ga_terms) if args.ga else ("ct", ct_terms)
+            terms |= sums(self.adversary, out["q"], out["k"], s.mask, t.mask)
+            # the authors' code divides by the tokens of their micro-batch, of 4 rows, once more
+            weight = args.kq_weight / (4 * n_s / args.batch_size if args.released_kq else 1)
+            loss = loss + weight * (terms[f"{name}_q"] / n_s + terms[f"{name}_k"] / n_t)    # (14)-(16)
         return loss, {name: term.detach() for name, term in terms.items()}
 
 def parameter_groups(model, args):
     """AdamW's groups: each trainable parameter is in exactly one; biases and norms are not decayed."""
     groups = {}
     for name, parameter in model.named_parameters():  # lists a tied weight once
+        if not parameter.requires_grad:
+            continue
         lr = args.lr if name.startswith("student.") else args.lr_projectors
         groups.setdefault((lr, args.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     return [dict(params=params, lr=lr, weight_decay=decay) for (lr, decay), params in groups.items()]
@@ -620,11 +854,13 @@ def write_json(path, value):
     """The value as JSON, atomically."""
     write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
-def save_model(model, tokenizer, folder):
-    """Writes a folder that transformers' `from_pretrained` reads."""
+def save_model(model, tokenizer, folder, alignment=None):
+    """Writes a folder that transformers' `from_pretrained` reads; alignment: what `--align` needs besides."""
     fresh = folder.with_name(folder.name + ".new")
     model.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
+    if alignment:
+        torch.save(alignment, fresh / "alignment.pt")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 
@@ -681,14 +917,13 @@ def backward_passes(model, teacher, data, pads, micro_batches, step, args, devic
     for m in range(rank, len(micro_batches), processes):
         examples = [[side[i] for i in micro_batches[m]] for side in data]
         s, t = ([collate(rows, pad, device) for rows, pad in zip(examples, pads)] + [None])[:2]
-        chunks = collate_chunks(*examples, device) if args.method in ("clp", "cla") else None
         padded, read = padded + s.ids.numel(), read + sum(len(example.ids) - 1 for example in examples[0])
         seed_torch(args.seed, step, m)
         # gradients are exchanged once a step, in the backward pass of the process's last micro-batch
         wait = processes > 1 and m + processes < len(micro_batches)
         with model.no_sync() if wait else contextlib.nullcontext():
             with autocast(device):
-                loss, terms = model(s, t, chunks, teacher, counts[0], counts[-1])
+                loss, terms = model(s, t, teacher, counts[0], counts[-1])
             (loss * processes).backward()  # DistributedDataParallel takes the mean; the counts are global
         for name, value in (terms | dict(loss=loss.detach() * counts[0])).items():
             sums[name] = sums.get(name, 0) + value
@@ -710,7 +945,8 @@ def train(args, folder, device, teacher_source=None):
     tokenizers = [load_tokenizer(source) for source in (args.student, teacher_source) if source]
     rows = read_rows(fetch(f"{args.data}/raw.jsonl"))
     dev_rows, dev = rows[:args.dev_rows], encode(tokenizers[0], rows[:args.dev_rows], args.max_length)
-    data, dropped = training_data(rows[args.dev_rows:], tokenizers, args.max_prompt, args.max_length)
+    limits = args.max_prompt, args.max_length, args.method
+    data, dropped = training_data(rows[args.dev_rows:], tokenizers, *limits)
     if len(data[0]) < args.batch_size:
         raise InputError(f"{args.data}/raw.jsonl: found {len(data[0])} training rows within the limits, "
                          f"expected at least {args.batch_size}, --batch-size")
@@ -723,7 +959,12 @@ def train(args, folder, device, teacher_source=None):
     student, teacher = load_model(args.student, tokenizers[0], device, torch.float32, args.dropout), None
     if teacher_source:
         teacher = load_model(teacher_source, tokenizers[1], device).requires_grad_(False)
-    model = Distiller(student, teacher, args).to(device)
+    vocabulary = None
+    if args.method == "mined":
+        vocabulary = torch.full((head_of(teacher).weight.shape[0],), -1)  # a head may be wider than its tokenizer
+        mapped = torch.tensor(token_map(*map(token_texts, tokenizers)))
+        vocabulary[:len(mapped)] = mapped
+    model = Distiller(student, teacher, args, vocabulary).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=1e-7)
     parts = dict(model=model, optimizer=optimizer, schedule=schedule)
@@ -736,7 +977,10 @@ def train(args, folder, device, teacher_source=None):
     if rank == 0:  # the lines of steps that will be done again go
         kept = [line for line in open(log_path) if json.loads(line)["step"] <= done] if done else []
         write_atomically(log_path, lambda file: file.write("".join(kept).encode()))
-    parallel = nn.parallel.DistributedDataParallel(model) if processes > 1 else model
+    parallel = model
+    if processes > 1:
+        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    dev_pairs = training_data(dev_rows[:48], tokenizers, *limits)[0] if args.method in ALIGNED else None
 
     def validate(step):
         """Logs dev loss and ROUGE-L; keeps the student if it is the best so far."""
@@ -745,9 +989,16 @@ def train(args, folder, device, teacher_source=None):
         texts = generate(student, tokenizers[0], [row.prompt for row in dev_rows], args.seed, args)
         scores = rouge_l(texts, [row.references for row in dev_rows])
         loss = dev_loss(model, [example for example in dev if example.spans], device, args.micro_batch)
+        alignment = None
+        if dev_pairs:
+            batch = [collate(side, pad, device) for side, pad in zip(dev_pairs, pads)]
+            numbers = alignment_numbers(*align_batch(args, model.proj, student, teacher, *batch), *batch)
+            scores |= {f"align_{name}": value for name, value in numbers.items()}
+            alignment = dict(teacher=teacher_source, method=args.method, proj=model.proj.state_dict(),
+                             normalise_queries=args.normalise_queries, numbers=numbers)
         append_log(log_path, [dict(step=step, dev_loss=loss) | {f"dev_{k}": v for k, v in scores.items()}])
         if rank == 0 and scores["rougeL"] > best:
-            save_model(student, tokenizers[0], folder / "best")
+            save_model(student, tokenizers[0], folder / "best", alignment)
         best = max(best, scores["rougeL"])
 
     if done == 0:
@@ -797,7 +1048,7 @@ def dev_loss(model, examples, device, batch_size):
     for start in range(rank * batch_size, len(order), processes * batch_size):
         side = collate(order[start:start + batch_size], 0, device)
         with autocast(device):
-            total += torch.stack([model(side, None, None, None, 1, 1)[0], side.mask.sum()])
+            total += torch.stack([model(side, None, None, 1, 1)[0], side.mask.sum()])
     if processes > 1:
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
@@ -833,21 +1084,24 @@ def generate(model, tokenizer, prompts, seed, args, no_repeat_ngram=0):
         texts = itertools.chain(*shares)
     return [text for _, text in sorted(texts)]
 
-def rouge_l(predictions, references):
-    """ROUGE-L F1 with Porter's stemmer, exact match of lower-case text without punctuation, as in MiniLLM.
-
-    predictions: N texts; references: N lists of texts, of which the best counts. Returns `rougeL` and
-    `exact_match`, means in percent. ValueError: the two differ in number.
-    """
+def row_scores(predictions, references):
+    """Arguments of `rouge_l`; two lists with a value in percent for each row."""
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
     def normal(text):
         return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
 
     pairs = list(zip(predictions, references, strict=True))
-    rouge = [max(scorer.score(ref, text)["rougeL"].fmeasure for ref in refs) for text, refs in pairs]
-    exact = [any(normal(ref) == normal(text) for ref in refs) for text, refs in pairs]
-    return dict(rougeL=100 * statistics.fmean(rouge), exact_match=100 * statistics.fmean(exact))
+    return dict(rougeL=[100 * max(scorer.score(ref, text)["rougeL"].fmeasure for ref in refs) for text, refs in pairs],
+                exact_match=[100 * any(normal(ref) == normal(text) for ref in refs) for text, refs in pairs])
+
+def rouge_l(predictions, references):
+    """ROUGE-L F1 with Porter's stemmer, exact match of lower-case text without punctuation, as in MiniLLM.
+
+    predictions: N texts; references: N lists of texts, of which the best counts. Returns `rougeL` and
+    `exact_match`, means in percent. ValueError: the two differ in number.
+    """
+    return {name: statistics.fmean(values) for name, values in row_scores(predictions, references).items()}
 
 def read_test_sets(args):
     """The rows of each test set, by name. InputError for what is not NAME=FILE."""
@@ -860,33 +1114,49 @@ def read_test_sets(args):
     return sets
 
 def evaluate(args, source, folder, device):
-    """Samples and scores each test set once a seed; writes predictions/ and eval.json into the folder.
-    Returns metric -> test set, OOD and All (means over sets) -> percentages, one a seed."""
-    rank, sets, tokenizer = world()[0], read_test_sets(args), load_tokenizer(source)
-    model, result = load_model(source, tokenizer, device), dict(rougeL={}, exact_match={})
+    """Samples and scores each test set once a seed; writes predictions/ and eval.json into the folder, and
+    returns what is in eval.json: metric -> test set, OOD and All (means over sets) -> percentages, one a
+    sampling seed; `rows` -> test set -> each row's mean ROUGE-L. A finished evaluation is not repeated."""
+    rank, path, sets = world()[0], folder / "eval.json", read_test_sets(args)
+    result = dict(run=run_name(args), seed=args.seed, model=source,
+                  settings={name: getattr(args, name) for name in EVALUATION})
+    if path.exists() and (old := json.loads(path.read_text())) == old | result and all(
+            path.stat().st_mtime > weights.stat().st_mtime for weights in pathlib.Path(source).glob("*.safetensors")):
+        return old
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, tokenizer, device)
+    extra = pathlib.Path(source) / "alignment.pt"
+    result |= dict(rougeL={}, exact_match={}, rows={},
+                   alignment=torch.load(extra, weights_only=True)["numbers"] if extra.exists() else None)
     jobs = [(name, seed) for name in sets for seed in args.eval_seeds]
     for name, seed in tqdm(jobs, desc=f"evaluate {folder.name}", disable=None if rank == 0 else True):
         prompts, references = zip(*sets[name])
         texts = generate(model, tokenizer, list(prompts), seed, args, args.no_repeat_ngram)
-        for metric, value in rouge_l(texts, references).items():
-            result[metric].setdefault(name, []).append(value)
+        scores = row_scores(texts, references)
+        for metric, values in scores.items():
+            result[metric].setdefault(name, []).append(statistics.fmean(values))
+        total = np.add(result["rows"].get(name, 0), scores["rougeL"])
+        result["rows"][name] = total if seed != args.eval_seeds[-1] else (total / len(args.eval_seeds)).round(2).tolist()
         if rank == 0:
             (folder / "predictions").mkdir(parents=True, exist_ok=True)
             with open(folder / "predictions" / f"{name}-{seed}.jsonl", "w") as file:
                 file.writelines(json.dumps(row._asdict() | dict(prediction=text)) + "\n"
                                 for row, text in zip(sets[name], texts))
-    for by_set in result.values():
-        by_set |= averages(by_set)
+    for metric in ("rougeL", "exact_match"):
+        result[metric] |= averages(result[metric])
     if rank == 0:
-        write_json(folder / "eval.json", dict(model=source, seeds=args.eval_seeds) | result)
+        write_json(path, result)
     return result
 
-# Table 1 of the paper: Dolly, SelfInst, Vicuna, S-NI, UnNI
+# Table 1 of the paper: Dolly, SelfInst, Vicuna, S-NI, UnNI; those of clp, cla and dskd for an f it does not name
 PAPER = {
     "untrained": (6.39, 4.72, 10.18, 4.49, 4.64), "teacher": (27.45, 19.42, 20.93, 34.74, 35.98),
-    "sft": (22.83, 9.49, 14.66, 13.55, 16.06), "cma-srkl": (24.64, 11.50, 16.21, 18.40, 21.69),
-    "cma-kl": (24.13, 9.73, 15.20, 15.14, 17.78), "cma-ga-kl": (24.92, 11.17, 15.84, 18.19, 21.50),
-    "cma-ga-skl": (24.79, 11.82, 15.95, 19.44, 22.05)}
+    "teacher-gpt2-xl": (27.07, 14.65, 16.24, 27.12, 31.41), "dskd": (25.98, 10.58, 15.54, 19.22, 22.13),
+    "sft": (22.83, 9.49, 14.66, 13.55, 16.06), "mined": (21.69, 9.78, 15.59, 14.98, 17.25),
+    "uld": (21.73, 9.28, 14.85, 15.17, 17.15), "cma-srkl": (24.64, 11.50, 16.21, 18.40, 21.69),
+    "clp": (24.52, 11.35, 15.28, 19.26, 22.12), "cla": (24.20, 11.44, 14.93, 18.53, 21.32),
+    "cma-ga-skl": (24.79, 11.82, 15.95, 19.44, 22.05), "cma-ct-kl": (24.63, 10.83, 16.08, 17.87, 21.07),
+    "cma-kl": (24.13, 9.73, 15.20, 15.14, 17.78), "cma-ga-kl": (24.92, 11.17, 15.84, 18.19, 21.50)}
 
 def averages(by_set):
     """OOD, the mean over all sets but the first, and All, over every set, from name -> values of seeds."""
@@ -894,19 +1164,168 @@ def averages(by_set):
     return {name: [statistics.fmean(values) for values in zip(*part)]
             for name, part in (("OOD", columns[1:]), ("All", columns)) if part}
 
-def results_table(results):
-    """ROUGE-L in Markdown: a row a run, mean ± standard deviation over sampling seeds; the paper's below."""
-    names = list(next(iter(results.values()))["rougeL"])
-    rows = [["ROUGE-L", *names], ["---"] * (len(names) + 1)]
-    for run, result in results.items():
-        rows.append([run] + [f"{np.mean(v):.2f}" + (f" ± {np.std(v, ddof=1):.2f}" if len(v) > 1 else "")
-                             for v in result["rougeL"].values()])
-        if run in PAPER and names[:-2] == [item.partition("=")[0] for item in TEST_SETS]:
-            paper = {name: [value] for name, value in zip(names, PAPER[run])}
-            rows.append([f"{run} (paper)"] + [f"{v[0]:.2f}" for v in (paper | averages(paper)).values()])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def bootstrap(group, base, replicates=1000):
+    """95 % intervals, by test set, OOD and All, of the mean ROUGE-L of a group of training runs less that of
+    the base group. Each replicate draws test rows, the same for both (paired), and training runs of each."""
+    rng, difference = np.random.default_rng(0), {}
+    picks = [rng.integers(len(runs), size=(len(runs), replicates)) for runs in (group, base)]
+    for name, rows in base[0]["rows"].items():
+        shares = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), replicates).T / len(rows)
+        a, b = (np.take_along_axis(np.array([run["rows"][name] for run in runs]) @ shares, pick, 0).mean(0)
+                for runs, pick in zip((group, base), picks))
+        difference[name] = a - b
+    difference |= averages(difference)
+    return {name: np.quantile(values, (0.025, 0.975)) for name, values in difference.items()}
 
-# 10. Demo: everything above, on tasks, tokenizers and models made here ====================================
+def report(results, baseline=None):
+    """Table 1's form in Markdown, and one of alignment numbers, from the contents of eval.json files; runs that
+    differ only in their training seed share a row. InputError: no run has the baseline's name, or they were
+    tested on other rows."""
+    names, runs, sizes = list(results[0]["rougeL"]), {}, set()
+    for result in results:
+        runs.setdefault(result["run"], []).append(result)
+        sizes.add(str({name: len(rows) for name, rows in result["rows"].items()}))
+    if len(sizes) > 1 or baseline and baseline not in runs:
+        raise InputError(f"--report: found test sets of {' and '.join(sorted(sizes))} rows, baseline {baseline}; "
+                         f"expected one kind of test sets, and a baseline among {', '.join(runs)}")
+
+    def cell(values):  # (training seeds, sampling seeds)
+        values = np.array(values)
+        return (f"{values.mean():.2f}" + (f" ± {values.mean(1).std(ddof=1):.2f}" if len(values) > 1 else "")
+                + (f" ({values.var(1, ddof=1).mean() ** 0.5:.2f})" if values.shape[1] > 1 else ""))
+
+    lines = [["ROUGE-L", "seeds", *names], ["---"] * (len(names) + 2)]
+    for run, group in runs.items():
+        means = {name: [result["rougeL"][name] for result in group] for name in names}
+        lines.append([run, str(len(group)), *map(cell, means.values())])
+        if baseline and run != baseline:
+            gaps = bootstrap(group, runs[baseline])
+            less = {name: np.mean([result["rougeL"][name] for result in runs[baseline]]) for name in names}
+            lines.append([f"less {baseline}", "", *(f"{np.mean(means[n]) - less[n]:+.2f} [{gaps[n][0]:+.2f}, "
+                                                    f"{gaps[n][1]:+.2f}]" for n in names)])
+        paper = PAPER.get(run) or (PAPER.get(run.partition("-")[0]) if "cma" not in run else None)
+        if paper and names[:-2] == [item.partition("=")[0] for item in TEST_SETS]:
+            paper = {name: [value] for name, value in zip(names, paper)}
+            lines.append(["in the paper", "1", *(f"{v[0]:.2f}" for v in (paper | averages(paper)).values())])
+    aligned = {run: group for run, group in runs.items() if all(result["alignment"] for result in group)}
+    if aligned:
+        numbers = ("mass", "mass_once", "mass_repeated", "top", "entropy", "mmd", "probe", "norm_q", "norm_k")
+        lines += [[], ["alignment", "seeds", *numbers], ["---"] * (len(numbers) + 2)]
+        lines += [[run, str(len(group)), *(cell([[result["alignment"].get(n, math.nan)] for result in group])
+                                           for n in numbers)] for run, group in aligned.items()]
+    return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines) + (
+        "\n\nMean over training and sampling seeds ± standard deviation over training seeds (over sampling seeds, "
+        "within a run)" + ("; [95 % interval of the difference]." if baseline else "."))
+
+# 10. Alignment analysis =====================================================================================
+def align_batch(args, proj, student, teacher, s, t):
+    """Q, K, A^{t->s} and M^{t->s} of a batch of two `Side`s; args: method, normalise_queries."""
+    with torch.no_grad(), autocast(s.ids.device):
+        q, k, _ = keys_and_queries(
+            proj, s.inputs, s.targets, t.inputs, t.targets, s.mask, t.mask, student.get_input_embeddings(),
+            teacher.get_input_embeddings(), args.normalise_queries)
+        chunks = chunks_of(s, t)
+        return q, k, align_positions(args.method, q, k, s.mask, t.mask, chunks)[0], chunks
+
+def alignment_numbers(q, k, a, chunks, s, t):
+    """How well A^{t->s} (B, S, T) finds the right chunk, M^{t->s}, and how far queries are from keys, by name.
+
+    For all student positions that have a chunk, and for those whose token occurs once or repeats in its
+    response: `mass` of attention inside the chunk; `top`, the share whose strongest key is in it; `entropy`,
+    in nats. Of Q and K: `mean_gap` |mean q - mean k|, `norm_q`, `norm_k`, `mmd` (the squared maximum mean
+    discrepancy, unbiased, with the kernel exp(-|x - y|^2 / m), m the median of |x - y|^2), and `probe`, the
+    balanced accuracy of a linear probe (ridge regression, fitted on the even rows, tested on the odd ones).
+    """
+    numbers, placed = {}, chunks.any(-1)
+    same = (s.targets[:, :, None] == s.targets[:, None]) & s.mask[:, None]
+    repeated = same.sum(-1) > 1
+    values = dict(mass=(a * chunks).sum(-1), entropy=torch.special.entr(a).sum(-1),
+                  top=chunks.gather(-1, a.argmax(-1, keepdim=True))[..., 0].float())
+    for split, where in (("", placed), ("_once", placed & ~repeated), ("_repeated", placed & repeated)):
+        numbers |= {name + split: value[where].mean().item() for name, value in values.items() if where.any()}
+    x, y = full_precision(q[s.mask]), full_precision(k[t.mask])
+    z, n = torch.cat([x, y]), len(x)
+    distance = torch.cdist(z, z) ** 2
+    kernel = torch.exp(-distance / distance.median()).fill_diagonal_(0)
+    own = [part.sum() / (len(part) * (len(part) - 1)) for part in (kernel[:n, :n], kernel[n:, n:])]
+    numbers |= dict(mean_gap=(x.mean(0) - y.mean(0)).norm().item(), norm_q=x.norm(dim=-1).mean().item(),
+                    norm_k=y.norm(dim=-1).mean().item(), mmd=(sum(own) - 2 * kernel[:n, n:].mean()).item())
+    even = torch.cat([(torch.arange(len(m), device=m.device)[:, None] % 2 == 0).expand_as(m)[m] for m in (s.mask, t.mask)])
+    label = torch.where(torch.arange(len(z), device=z.device) < n, 1.0, -1.0)
+    z = z - z[even].mean(0)
+    gram = z[even] @ z[even].mT
+    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=z.device)
+    middle = label[even].mean()
+    score = z @ z[even].mT @ torch.linalg.solve(gram + ridge, label[even] - middle) + middle
+    right = (score > 0) == (label > 0)
+    sides = [right[~even & (label == side)].float() for side in (1, -1)]
+    return numbers | dict(probe=sum(side.mean().item() for side in sides) / 2) if all(map(len, sides)) else numbers
+
+def heatmap(name, side, a, labels):
+    """An SVG figure of A^{t->s}: a (S, T), student's tokens down, teacher's across, labels: their texts; side:
+    the chunk numbers of both, whose chunks are outlined."""
+    cell, margin = 15, 95
+    down, across = ([html.escape(text[:13] + "…" * (len(text) > 13)) for text in texts] for texts in labels)
+    shapes = [f'<text x="{margin - 4}" y="{margin + cell * i + 11}" text-anchor="end">{text}</text>'
+              for i, text in enumerate(down)]
+    shapes += [f'<text transform="translate({margin + cell * j + 11},{margin - 4}) rotate(-90)">{text}</text>'
+               for j, text in enumerate(across)]
+    shapes += [f'<rect x="{margin + cell * j}" y="{margin + cell * i}" width="{cell}" height="{cell}" '
+               f'fill-opacity="{a[i][j]:.2f}"><title>{down[i]} from {across[j]}: {a[i][j]:.3f}'
+               '</title></rect>' for i in range(len(down)) for j in range(len(across))]
+    for chunk in sorted(set(side[0]) & set(side[1])):
+        (top, height), (left, width) = ((numbers.index(chunk), numbers.count(chunk)) for numbers in side)
+        shapes.append(f'<rect class="chunk" x="{margin + cell * left}" y="{margin + cell * top}" '
+                      f'width="{cell * width}" height="{cell * height}"/>')
+    width, height = (margin + cell * len(texts) + 1 for texts in (across, down))
+    return (f'<figure><figcaption>{html.escape(name)}</figcaption><svg width="{width}" height="{height}" role="img">'
+            f'{"".join(shapes)}</svg></figure>')
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Alignment of student and teacher</title><style>
+:root { color-scheme: light dark; --heat: light-dark(#0b5cad, #79c0ff); --chunk: light-dark(#c2410c, #ffa657) }
+body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem } section { display: flex; gap: 2rem; overflow-x: auto }
+figure { margin: 0 } figcaption { font-weight: 600 } svg { font: 11px ui-monospace, monospace; fill: currentColor }
+rect { fill: var(--heat) } rect:hover { stroke: currentColor } table { border-collapse: collapse }
+.chunk { fill: none; stroke: var(--chunk); stroke-width: 1.5; pointer-events: none }
+th, td { padding: .1rem .6rem; text-align: right; border-bottom: 1px solid #8886 } pre { white-space: pre-wrap }
+</style><h1>Alignment of student and teacher tokens</h1><p>The weight with which each student position (down) reads
+each teacher position (across); point at a cell for its value. Outlines are chunks, the smallest spans of text with
+token limits of both sides at both ends. The labels are the predicted tokens.</p>"""
+
+def write_alignment(args, checkpoints, path, device):
+    """A page without further files: the alignment's numbers and, for the first --align rows of the development
+    set, a heatmap of each checkpoint, side by side. InputError: a checkpoint without alignment.pt."""
+    rows, numbers, figures = read_rows(fetch(f"{args.data}/raw.jsonl"))[:args.dev_rows][:48], {}, {}
+    for checkpoint in map(pathlib.Path, checkpoints):
+        if not (checkpoint / "alignment.pt").exists():
+            raise InputError(f"{checkpoint}: found no alignment.pt, expected a checkpoint of cma, clp or cla")
+        saved = torch.load(checkpoint / "alignment.pt", map_location=device, weights_only=True)
+        sources, name = (str(checkpoint), saved["teacher"]), checkpoint.resolve().parent.name
+        tokenizers = [load_tokenizer(source) for source in sources]
+        student, teacher = (load_model(*pair, device) for pair in zip(sources, tokenizers))
+        proj = Projectors(*(m.get_input_embeddings().weight.shape[1] for m in (student, teacher))).to(device)
+        proj.load_state_dict(saved["proj"])
+        sides, _ = training_data(rows, tokenizers, args.max_prompt, args.max_length)
+        batch = [collate(side, tok.eos_token_id, device) for side, tok in zip(sides, tokenizers)]
+        q, k, a, chunks = align_batch(argparse.Namespace(**saved), proj, student, teacher, *batch)
+        numbers[name] = alignment_numbers(q, k, a, chunks, *batch)
+        for i, pair in enumerate(list(zip(*sides))[:args.align]):
+            labels = [[tok.decode([token]).replace(" ", "·").replace("\n", "↵") for token in e.ids[e.start:]]
+                      for tok, e in zip(tokenizers, pair)]
+            weights = a[i, :len(labels[0]), :len(labels[1])].tolist()
+            text = tokenizers[0].decode(pair[0].ids)
+            figures.setdefault(text, []).append(heatmap(name, [e.chunk for e in pair], weights, labels))
+    names = list(next(iter(numbers.values())))
+    table = "".join(f"<tr><th>{name}</th>" + "".join(f"<td>{n.get(name, math.nan):.3f}</td>" for n in numbers.values())
+                    + "</tr>" for name in names)
+    body = "".join(f"<h2>Row {i}</h2><pre>{html.escape(text)}</pre><section>{''.join(maps)}</section>"
+                   for i, (text, maps) in enumerate(figures.items(), 1))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in numbers)
+    page = f"{PAGE}<table><tr><th></th>{head}</tr>{table}</table>{body}</html>"
+    write_atomically(path, lambda file: file.write(page.encode()))
+    print(f"The alignment is in {path.resolve()}")
+
+# 11. Demo: tasks, tokenizers and models made here ===========================================================
 NOUNS = "apple basket candle dragon engine forest garden hammer island jacket kettle ladder mirror".split()
 ADJECTIVES = "red brown white green grey dark lush heavy remote warm hot tall shiny".split()
 
@@ -925,8 +1344,9 @@ def demo_row(rng, longer):
         (f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}")])
     return dict(prompt=f"Task: {task}\nAnswer:\n", output=output)
 
-def write_demo(folder, seed):
-    """Writes the demo's rows, two byte-level BPE tokenizers and two untrained models."""
+def write_demo(folder, seed=10):
+    """Writes the demo's rows, two byte-level BPE tokenizers and three untrained models: a student, a teacher
+    with another tokenizer and one with the student's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     rng = random.Random(seed)
     rows = {name: [demo_row(rng, name == "longer") for _ in range(count)]
@@ -935,12 +1355,14 @@ def write_demo(folder, seed):
     for name in rows:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
     # The student's tokenizer cuts up words and keeps numbers; the teacher's keeps words and cuts up numbers.
-    student = transformers.GPT2Config(n_positions=256, n_embd=64, n_layer=2, n_head=4)
+    student = transformers.GPT2Config(n_positions=256, n_embd=64, n_layer=2, n_head=4, initializer_range=0.08)
+    same = transformers.GPT2Config(n_positions=256, n_embd=160, n_layer=4, n_head=5, initializer_range=0.05)
     teacher = transformers.Qwen2Config(
         max_position_embeddings=256, hidden_size=160, intermediate_size=480, num_hidden_layers=4,
         num_attention_heads=5, num_key_value_heads=5, initializer_range=0.05)
     cuts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    for name, config, size, cut in (("student", student, 420, cuts[1:]), ("teacher", teacher, 700, cuts)):
+    for name, config, size, cut in (("student", student, 420, cuts[1:]), ("teacher", teacher, 700, cuts),
+                                    ("teacher-same", same, 420, cuts[1:])):
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.Sequence(cut)
         bpe.decoder = decoders.ByteLevel()
@@ -952,29 +1374,55 @@ def write_demo(folder, seed):
         seed_torch(seed)
         save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder / name)
 
-def demo(args, device):
-    """The scores of untrained and SFT student, CMA, CMA-GA and teacher, by the code of the paper's runs."""
-    folder = pathlib.Path(args.out) / "demo"
-    if world()[0] == 0 and not (folder / "teacher").exists():
-        write_demo(folder, args.seed)
-    if dist.is_initialized():
-        dist.barrier()
-    base = vars(args) | dict(
-        data=str(folder), student=str(folder / "student"), teacher=str(folder / "teacher"),
-        out=str(folder / "runs"), tests=[f"{name}={folder / name}.jsonl" for name in ("seen", "longer")],
-        dev_rows=100, eval_seeds=[10, 20, 30], max_new_tokens=40, no_repeat_ngram=0, eval_batch=200,
-        log_every=25, micro_batch=16, teacher_epochs=8, teacher_lr=2e-3, epochs=4, lr=2e-3,
-        lr_projectors=2e-3)
-    runs = {"untrained": dict(eval_only=base["student"]), "sft": dict(method="sft"), "cma-skl": dict(),
-            "cma-ga-skl": dict(ga=True), "teacher": dict(eval_only=str(folder / "runs" / "teacher" / "best"))}
-    return {run: experiment(argparse.Namespace(**base | settings), device) for run, settings in runs.items()}
+def demo_settings(args):
+    """The defaults of a demo's run."""
+    data = pathlib.Path(args.out) / "data"
+    return dict(
+        data=str(data), student=str(data / "student"), tests=[f"{n}={data / n}.jsonl" for n in ("seen", "longer")],
+        teacher=str(data / ("teacher-same" if args.method in SAME_TOKENIZER else "teacher")), dev_rows=100,
+        eval_seeds=[10, 20, 30], max_new_tokens=40, no_repeat_ngram=0, eval_batch=200, log_every=25,
+        micro_batch=16, teacher_epochs=8, teacher_lr=2e-3, epochs=4, lr=2e-3, lr_projectors=2e-3)
 
-# 11. Main ===================================================================================================
+# 12. Main ===================================================================================================
 def run_name(args):
     """What a run is called in tables."""
-    if args.name or args.eval_only or args.method == "sft":
-        return args.name or (args.eval_only and "-".join(pathlib.Path(args.eval_only).parts[-2:])) or "sft"
-    return "-".join([args.method, *["ga"] * args.ga, args.div])
+    if args.name or args.eval_only:
+        return args.name or "-".join(pathlib.Path(args.eval_only).parts[-2:])
+    return "-".join([args.method, *["ga"] * args.ga, *["ct"] * args.ct, *["released"] * args.released_kq,
+                     *["nq"] * args.normalise_queries, *[args.div] * (args.method in (*DUAL_SPACE, "kd"))])
+
+def parse(argv=None):
+    """The settings of a command line. InputError: flags that exclude each other."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.demo:
+        parser.set_defaults(out="runs/demo")
+        parser.set_defaults(**demo_settings(parser.parse_args(argv)))
+        args = parser.parse_args(argv)
+    for flag, wrong, expected in (
+            ("--ga or --ct", (args.ga or args.ct) and args.method not in ("cma", "cla"), "--method cma or cla"),
+            ("--normalise-queries", args.normalise_queries and args.method not in ("cma", "cla"), "--method cma or cla"),
+            ("--ga", args.ga and args.ct, "no --ct beside it"),
+            ("--released-kq", args.released_kq and not (args.ga or args.ct), "--ga or --ct"),
+            ("--baseline", args.baseline and not args.report, "--report"),
+            ("--align", args.align and not (args.report or args.eval_only) and args.method not in ALIGNED,
+             "--method cma, clp or cla")):
+        if wrong:
+            raise InputError(f"{flag}: found --method {args.method}, expected {expected}")
+    return args
+
+def check_pair(args):
+    """InputError if the method cannot work on the pair: kd and dskd want one tokenizer, kd heads of one size."""
+    tokenizers = [load_tokenizer(source) for source in (args.student, args.teacher)]
+    rows = read_rows(fetch(f"{args.data}/raw.jsonl"), 100)
+    tokenized = [[example.ids for example in encode(tok, rows, args.max_length)] for tok in tokenizers]
+    if args.method in SAME_TOKENIZER and (
+            tokenizers[0].get_vocab() != tokenizers[1].get_vocab() or tokenized[0] != tokenized[1]):
+        raise InputError(f"--method {args.method}: found different tokenizers in {args.student} and {args.teacher}, "
+                         "expected one; cma, clp, cla, uld and mined work with two")
+    sizes = [AutoConfig.from_pretrained(source).get_text_config().vocab_size for source in (args.student, args.teacher)]
+    if args.method == "kd" and sizes[0] != sizes[1]:
+        raise InputError(f"--method kd: found heads of {sizes[0]} and {sizes[1]} tokens, expected one size; try dskd")
 
 def experiment(args, device):
     """The scores of one run: fine-tunes the teacher if need be, trains, evaluates the best checkpoint."""
@@ -982,30 +1430,48 @@ def experiment(args, device):
     folder = out / (run_name(args) if args.name or source else f"{run_name(args)}-{args.seed}")
     read_test_sets(args)  # a wrong file is told now, not after hours of training
     if not source and args.method != "sft":
+        check_pair(args)
         teacher = args.teacher
-        if not args.teacher_ready:
-            tuning = dict(method="sft", student=teacher, epochs=args.teacher_epochs, lr=args.teacher_lr)
-            teacher = str(train(argparse.Namespace(**vars(args) | tuning), out / "teacher", device))
-    return evaluate(args, source or str(train(args, folder, device, teacher)), folder, device)
+        if not args.teacher_ready:  # one teacher for all runs, whatever their seed
+            tuning = dict(method="sft", student=teacher, epochs=args.teacher_epochs, lr=args.teacher_lr, seed=10)
+            teacher = str(train(argparse.Namespace(**vars(args) | tuning),
+                                out / f"{pathlib.Path(teacher).name}-tuned", device))
+    source = source or str(train(args, folder, device, teacher))
+    result = evaluate(args, source, folder, device)
+    if args.align and world()[0] == 0:
+        write_alignment(args, [source], folder / "alignment.html", device)
+    return result
 
 def main(argv=None):
-    """Runs the command line; returns the scores by run."""
-    args = build_parser().parse_args(argv)
-    if args.ga and args.method == "sft":
-        raise InputError("--ga: found --method sft, expected a method with a teacher")
+    """Runs the command line; returns the contents of eval.json, or of those reported on."""
+    args = parse(argv)
     transformers.utils.logging.disable_progress_bar()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    if args.report:
+        paths = [pathlib.Path(run) / "eval.json" for run in args.report]
+        results = [json.loads(path.read_text()) for path in paths]
+        print(report(results, args.baseline))
+        if args.align:
+            checkpoints = [path.parent / "best" for path in paths]
+            write_alignment(args, [c for c in checkpoints if (c / "alignment.pt").exists()],
+                            pathlib.Path(args.out) / "alignment.html", device)
+        return results
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        results = demo(args, device) if args.demo else {run_name(args): experiment(args, device)}
+        made = pathlib.Path(args.out) / "data"
+        if args.demo and world()[0] == 0 and not (made / "teacher-same").exists():
+            write_demo(made)
+        if dist.is_initialized():
+            dist.barrier()
+        result = experiment(args, device)
         if world()[0] == 0:
-            print(results_table(results))
+            print(report([result]))
             print(f"Checkpoints, logs, predictions and scores are in {pathlib.Path(args.out).resolve()}")
-        return results
+        return result
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
