@@ -58,14 +58,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 TEST_SETS = ["Dolly=MiniLLM/dolly/valid.jsonl", "SelfInst=MiniLLM/self-inst/valid.jsonl",
              "Vicuna=MiniLLM/Vicuna/valid.jsonl", "S-NI=MiniLLM/sinst/11_/valid.jsonl",
              "UnNI=MiniLLM/uinst/11_/valid.jsonl"]
-# What may differ when a run is taken up again, what plain fine-tuning does not depend on, and evaluation does.
+ALIGNED, SAME_TOKENIZER = ("cma", "clp", "cla"), ("kd", "dskd")
+DUAL_SPACE = (*ALIGNED, "dskd")
+METHODS = (*DUAL_SPACE, "sft", "kd", "uld", "mined")
+DEV_ALIGNED = 48  # development rows of the alignment analysis
+# What an evaluation depends on; what may differ when a run is taken up again; what fine-tuning does not heed.
+EVALUATION = ("tests", "eval_seeds", "eval_limit", "eval_batch", "max_prompt", "max_new_tokens",
+              "no_repeat_ngram")
 NOT_IDENTITY = {"out", "name", "demo", "eval_only", "tests", "eval_seeds", "eval_limit", "no_repeat_ngram",
                 "log_every", "save_every", "align", "report", "baseline"}
 TEACHER_ONLY = {"teacher", "teacher_ready", "teacher_epochs", "teacher_lr", "div", "ga", "ct", "released_kq",
-                "kq_weight", "temperature", "skew", "all_positions", "s2t_div", "normalise_queries", "lr_projectors"}
-EVALUATION = ("tests", "eval_seeds", "eval_limit", "eval_batch", "max_prompt", "max_new_tokens", "no_repeat_ngram")
-ALIGNED, SAME_TOKENIZER = ("cma", "clp", "cla"), ("kd", "dskd")
-DUAL_SPACE = (*ALIGNED, "dskd")
+                "kq_weight", "temperature", "skew", "all_positions", "s2t_div", "normalise_queries",
+                "lr_projectors"}
 
 class InputError(ValueError):
     """Bad input, named in one line: main prints it and exits with status 2."""
@@ -80,18 +84,18 @@ def build_parser():
         description=__doc__.split("\n\nContents")[0], usage="dskd_ga.py [--flag value ...]",
         epilog="A command that was stopped goes on from its last save when it is given again.")
     g = parser.add_argument_group("what to run")
-    g.add_argument("--method", choices=("cma", "clp", "cla", "sft", "kd", "dskd", "uld", "mined"), default="cma",
-                   help="cma: attention, eq. (3); clp, cla: chunks, eqs. (12), (13); sft: no teacher; kd, dskd: for "
-                        "a pair with one tokenizer; uld, mined: logits matched by rank, by edit distance")
+    g.add_argument("--method", choices=METHODS, default="cma",
+                   help="cma: attention, eq. (3); clp, cla: chunks, eqs. (12), (13); sft: no teacher; dskd, kd: "
+                        "one tokenizer, no attention; uld, mined: logits matched by rank, by edit distance")
     g.add_argument("--ga", action="store_true", help="add the adversary on keys and queries, eq. (14)")
     g.add_argument("--ct", action="store_true", help="add conditional transport between them, eq. (15)")
-    g.add_argument("--div", choices=DIVERGENCES, default="skl", help="f of KD^{t->s} and kd; try srkl without --ga")
+    g.add_argument("--div", choices=DIVERGENCES, default="skl", help="f of KD^{t->s}; try srkl without --ga")
     g.add_argument("--demo", action="store_true",
-                   help="other defaults: small tasks, tokenizers and models, made on the spot in --out (runs/demo)")
+                   help="other defaults: small tasks and models, made on the spot in --out, runs/demo")
     g.add_argument("--eval-only", metavar="MODEL", help="evaluate this folder or hub id, train nothing")
     g.add_argument("--align", metavar="N", type=int, default=0,
                    help="write alignment.html with N rows: of the run, or of those of --report side by side")
-    g.add_argument("--report", metavar="RUN", nargs="+", help="print the table of these finished runs' folders")
+    g.add_argument("--report", metavar="RUN", nargs="+", help="print the table of finished runs' folders")
     g.add_argument("--baseline", metavar="NAME", help="with --report: differences to the runs of that name")
     g.add_argument("--out", metavar="FOLDER", default="runs", help="where runs go; they share a teacher")
     g.add_argument("--name", help="the run's folder in it; made of method, div and seed if not given")
@@ -111,7 +115,7 @@ def build_parser():
     g.add_argument("--skew", type=float, default=0.1, help="a of skl and srkl")
     g.add_argument("--kq-weight", type=float, default=1.0, help="factor of L_KQ in eq. (16)")
     g.add_argument("--released-kq", action="store_true",
-                   help="L_KQ as in the authors' code: D or critic stays at its random start, L_KQ is divided twice")
+                   help="as in the authors' code: D or critic keeps its random start, L_KQ is divided twice")
     g.add_argument("--normalise-queries", action="store_true",
                    help="N_std(Q) as for K; try it: queries start some 14 times smaller than keys")
     g.add_argument("--all-positions", action="store_true",
@@ -214,7 +218,7 @@ def encode(tokenizer, rows, max_length):
     examples = []
     for row, prompt, ids, spans in zip(rows, prompts, responses["input_ids"], responses["offset_mapping"]):
         text, start = row.references[0], len(lead + prompt)
-        if not text.isascii():  # a letter and its combining marks, which a tokenizer may join, are one character
+        if not text.isascii():  # a letter and its combining marks are one: a tokenizer may join them
             ends = list(range(len(text) + 1))
             for i in reversed(range(len(text))):
                 ends[i] = ends[i + 1] if unicodedata.combining(text[i]) else i
@@ -474,8 +478,8 @@ def matched_alone(s_texts, t_texts):
     """MinED's alignment of one row's tokens, by dynamic time warping with the edit distance as cost: chunk
     numbers, as of `chunk_numbers`, of the tokens that it matches with one token which has no other match."""
     n, m = len(s_texts), len(t_texts)
-    (s_texts, s_which), (t_texts, t_which) = (np.unique(texts, return_inverse=True) for texts in (s_texts, t_texts))
-    cost = edit_distances(s_texts, t_texts)[np.ix_(s_which, t_which)]
+    (s_kinds, s_kind), (t_kinds, t_kind) = (np.unique(x, return_inverse=True) for x in (s_texts, t_texts))
+    cost = edit_distances(s_kinds, t_kinds)[np.ix_(s_kind, t_kind)]
     total = np.full((n + 1, m + 1), np.inf)
     total[0, 0] = 0
     for diagonal in range(2, n + m + 1):  # its cells do not depend on each other
@@ -498,33 +502,29 @@ def matched_alone(s_texts, t_texts):
 def token_map(s_texts, t_texts):
     """MinED's map of vocabularies: for each teacher token (V_t texts) the student token (of V_s texts) at the
     least edit distance, the first of equals, as a list of V_t ids; -1 for tokens over two edits from any."""
-    def variants(text):  # after 0, 1, 2 edits: (text with characters replaced by a wildcard or deleted, deletions)
-        level = {(text, 0)}
-        yield level
-        for _ in range(2):
-            level = {edited for old, deleted in level for i in range(len(old)) for edited in (
-                (old[:i] + "\0" + old[i + 1:], deleted), (old[:i] + old[i + 1:], deleted + 1))}
-            yield level
+    def variants(text, edits):  # (text with some characters missing or wildcards, how many are missing)
+        reached = {(text, 0)}
+        for _ in range(edits):
+            reached |= {edited for old, missing in reached for i in range(len(old)) for edited in (
+                (old[:i] + "\0" + old[i + 1:], missing), (old[:i] + old[i + 1:], missing + 1))}
+        return reached
 
-    # Two texts are n edits apart if they become one by w replacements in both, x deletions in the one, y in the
-    # other, w + x + y = n; `first` has the student's side of that. Texts that both have need no variants.
-    exact = {text: i for i, text in reversed(list(enumerate(s_texts)))}
-    first = [{}, {}, {}]  # first[y][variant]: the first student token that has it after y deletions
+    # n edits apart are two texts that become one by w wildcards in both, x deletions in one and y in the
+    # other, w + x + y = n
+    first = [{}, {}, {}]  # first[y][variant]: the first student token that becomes it by y deletions
     for i, text in enumerate(s_texts):
-        for level in variants(text):
-            for variant, deleted in level:
-                first[deleted].setdefault(variant, i)
+        for variant, y in variants(text, 2):
+            first[y].setdefault(variant, i)
 
     def nearest(text):
-        for edits, _ in enumerate(first):
-            found = [first[edits - w - x].get(variant) for level in itertools.islice(variants(text), edits + 1)
-                     for variant, x in level if 0 <= edits - (w := variant.count("\0")) - x]
-            found = [i for i in found if i is not None]
+        for edits in range(3):
+            found = [i for variant, x in variants(text, edits) if (y := edits - x - variant.count("\0")) >= 0
+                     and (i := first[y].get(variant)) is not None]
             if found:
                 return min(found)
         return -1
 
-    return [exact[text] if text in exact else nearest(text) for text in t_texts]
+    return [nearest(text) for text in t_texts]
 
 # 6. Key-query matching: generative adversary (GA), conditional transport (CT) ===============================
 class Discriminator(nn.Module):
@@ -580,7 +580,8 @@ def ct_terms(critic, q, k, s_mask, t_mask):
     """Sums behind `ct_loss`, scalars: the halves of eq. (15) over queries, `ct_q`, and over keys, `ct_k`."""
     q, k = zero_padding(q, s_mask), zero_padding(k.detach(), t_mask)
     (c_q, c_k), (n_q, n_k) = ((critic(q, name), critic(k, name)) for name in ("critic", "navigator"))
-    cost, nearness = 1 - c_q @ c_k.mT, n_q @ n_k.mT  # (B, S, T); the cost is the cosine distance
+    with torch.autocast(q.device.type, enabled=False):  # bf16 would round cosines near 1 to steps of 1/256
+        cost, nearness = 1 - c_q @ c_k.mT, n_q @ n_k.mT  # (B, S, T); the cost is the cosine distance
     to_keys, to_queries = ((nearness + mask).softmax(axis) for axis, mask in (
         (2, -1e4 * ~t_mask[:, None]), (1, -1e4 * ~s_mask[:, :, None])))
     return dict(ct_q=0.5 * ((to_keys * cost).sum(2) * s_mask).sum(),
@@ -681,15 +682,17 @@ def dual_space_losses(proj, h_s, h_t, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, 
     Returns:
         dict of sums `ce`, `ce_t2s`, `kd_t2s`, `kd_s2t`; `q` (B, S, 2 d_t), `k` (B, T, 2 d_t), `a_t2s`,
         `a_s2t`, see `cross_model_attention`; counts `n_s`, `n_t` of real positions, `n_correct` of right
-        argmax q^{t->s}. ValueError: unknown align, chunks missing, or dskd of sequences that differ in length.
+        argmax q^{t->s}. ValueError: unknown align, chunks missing, dskd of sequences that differ in length.
     """
     if align not in ("cma", "clp", "cla", "dskd") or align in ("clp", "cla") and chunks is None:
         raise ValueError(f"dual_space_losses: found align={align!r}, chunks={chunks}; clp, cla need chunks")
     if align == "dskd" and not torch.equal(s_mask, t_mask):
         raise ValueError("dual_space_losses: found different masks, expected one tokenization for dskd")
     W_s, W_t = (W if isinstance(W, Head) else Head(W) for W in (W_s, W_t))
-    s_tgt, h_s, h_t = s_tgt.masked_fill(~s_mask, 0), zero_padding(h_s, s_mask), zero_padding(h_t.detach(), t_mask)
-    q, k, e_t_tgt = keys_and_queries(proj, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, E_s, E_t, normalise_queries)
+    h_s, h_t = zero_padding(h_s, s_mask), zero_padding(h_t.detach(), t_mask)
+    s_tgt = s_tgt.masked_fill(~s_mask, 0)
+    q, k, e_t_tgt = keys_and_queries(
+        proj, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, E_s, E_t, normalise_queries)
     a_t2s, a_s2t = align_positions(align, q, k, s_mask, t_mask, chunks)                 # (3), (12), (13)
     v_in = h_t if align == "dskd" else std_normalise(h_t, t_mask) + std_normalise(e_t_tgt, t_mask)
     v_s2t, v_t2s = proj.s2t(h_s), proj.t2s(v_in)                                        # (4), (5)
@@ -735,20 +738,24 @@ def mined_targets(teacher_logits, vocabulary, gold, matched, size, temperature=2
     carried = p.new_zeros(len(p), size).index_add_(1, vocabulary.clamp(min=0), p)
     mass = carried.sum(-1, keepdim=True)
     one_hot = F.one_hot(gold, size).to(p.dtype)
-    return temperature * torch.where(matched[:, None] & (mass > 0), carried / mass, one_hot).log()
+    return temperature * torch.where(matched[:, None] & (mass > 0), carried, one_hot).log()
 
-def baseline_losses(method, h_s, h_t, s_tgt, s_mask, t_mask, W_s, W_t, *, chunks=None, vocabulary=None, div="skl",
-                    temperature=2.0, skew=0.1, max_logits=2 ** 23):
-    """Sums `ce` and `kd` over positions for losses on the teacher's logits; arguments as of `dual_space_losses`.
+def baseline_losses(method, h_s, h_t, s_tgt, s_mask, t_mask, W_s, W_t, *, chunks=None, vocabulary=None,
+                    div="skl", temperature=2.0, skew=0.1, max_logits=2 ** 23):
+    """Sums `ce` and `kd` over positions, for losses on the teacher's own logits.
 
     method: kd, f of both models' distributions over one vocabulary | uld, `uld_loss`, both position by
     position | mined, KL from `mined_targets`: chunks (B, S, T) hold the single matches, vocabulary is the
-    `token_map` (V_t,).
+    `token_map` (V_t,). Other arguments as of `dual_space_losses`. ValueError: unknown method, kd of sequences
+    that differ in length.
     """
-    s_tgt, h_s, h_t = s_tgt.masked_fill(~s_mask, 0), zero_padding(h_s, s_mask), zero_padding(h_t.detach(), t_mask)
+    if method not in ("kd", "uld", "mined") or method == "kd" and not torch.equal(s_mask, t_mask):
+        raise ValueError(f"baseline_losses: found {method}, expected kd of equal masks, uld or mined")
+    W_s, W_t = (W if isinstance(W, Head) else Head(W) for W in (W_s, W_t))
+    h_t = zero_padding(h_t.detach(), t_mask)
     if method == "mined":
-        matched = chunks.any(-1)
-        h_t = chunks.to(h_t.dtype) @ h_t
+        chunks = chunks & t_mask[:, None]
+        h_t, matched = chunks.to(h_t.dtype) @ h_t, chunks.any(-1)
     else:
         longer = h_s.shape[1] - h_t.shape[1]
         h_t, matched = F.pad(h_t, (0, 0, 0, longer)), F.pad(t_mask, (0, longer))
@@ -961,9 +968,10 @@ def train(args, folder, device, teacher_source=None):
         teacher = load_model(teacher_source, tokenizers[1], device).requires_grad_(False)
     vocabulary = None
     if args.method == "mined":
-        vocabulary = torch.full((head_of(teacher).weight.shape[0],), -1)  # a head may be wider than its tokenizer
-        mapped = torch.tensor(token_map(*map(token_texts, tokenizers)))
-        vocabulary[:len(mapped)] = mapped
+        ids = token_map(*map(token_texts, tokenizers))
+        ids[tokenizers[1].eos_token_id] = tokenizers[0].eos_token_id  # however the two spell it
+        spare = len(head_of(teacher).weight) - len(ids)  # a head may be wider than its tokenizer
+        vocabulary = torch.tensor(ids + [-1] * spare)
     model = Distiller(student, teacher, args, vocabulary).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=1e-7)
@@ -980,7 +988,9 @@ def train(args, folder, device, teacher_source=None):
     parallel = model
     if processes > 1:
         parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    dev_pairs = training_data(dev_rows[:48], tokenizers, *limits)[0] if args.method in ALIGNED else None
+    dev_pairs = None
+    if args.method in ALIGNED:
+        dev_pairs, _ = training_data(dev_rows[:DEV_ALIGNED], tokenizers, *limits)
 
     def validate(step):
         """Logs dev loss and ROUGE-L; keeps the student if it is the best so far."""
@@ -1085,15 +1095,16 @@ def generate(model, tokenizer, prompts, seed, args, no_repeat_ngram=0):
     return [text for _, text in sorted(texts)]
 
 def row_scores(predictions, references):
-    """Arguments of `rouge_l`; two lists with a value in percent for each row."""
+    """The values in percent of each row that `rouge_l` takes the means of."""
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
     def normal(text):
         return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
 
     pairs = list(zip(predictions, references, strict=True))
-    return dict(rougeL=[100 * max(scorer.score(ref, text)["rougeL"].fmeasure for ref in refs) for text, refs in pairs],
-                exact_match=[100 * any(normal(ref) == normal(text) for ref in refs) for text, refs in pairs])
+    rouge = [max(scorer.score(ref, text)["rougeL"].fmeasure for ref in refs) for text, refs in pairs]
+    exact = [any(normal(ref) == normal(text) for ref in refs) for text, refs in pairs]
+    return dict(rougeL=[100 * value for value in rouge], exact_match=[100 * value for value in exact])
 
 def rouge_l(predictions, references):
     """ROUGE-L F1 with Porter's stemmer, exact match of lower-case text without punctuation, as in MiniLLM.
@@ -1118,25 +1129,25 @@ def evaluate(args, source, folder, device):
     returns what is in eval.json: metric -> test set, OOD and All (means over sets) -> percentages, one a
     sampling seed; `rows` -> test set -> each row's mean ROUGE-L. A finished evaluation is not repeated."""
     rank, path, sets = world()[0], folder / "eval.json", read_test_sets(args)
-    result = dict(run=run_name(args), seed=args.seed, model=source,
-                  settings={name: getattr(args, name) for name in EVALUATION})
+    settings = {name: getattr(args, name) for name in EVALUATION}
+    result = dict(run=run_name(args), seed=args.seed, model=source, settings=settings)
+    checkpoint = pathlib.Path(source)
     if path.exists() and (old := json.loads(path.read_text())) == old | result and all(
-            path.stat().st_mtime > weights.stat().st_mtime for weights in pathlib.Path(source).glob("*.safetensors")):
+            path.stat().st_mtime > file.stat().st_mtime for file in checkpoint.glob("*.safetensors")):
         return old
     tokenizer = load_tokenizer(source)
-    model = load_model(source, tokenizer, device)
-    extra = pathlib.Path(source) / "alignment.pt"
-    result |= dict(rougeL={}, exact_match={}, rows={},
-                   alignment=torch.load(extra, weights_only=True)["numbers"] if extra.exists() else None)
+    model, alignment, rows = load_model(source, tokenizer, device), checkpoint / "alignment.pt", {}
+    result |= dict(rougeL={}, exact_match={}, alignment=None)
+    if alignment.exists():
+        result["alignment"] = torch.load(alignment, map_location="cpu", weights_only=True)["numbers"]
     jobs = [(name, seed) for name in sets for seed in args.eval_seeds]
     for name, seed in tqdm(jobs, desc=f"evaluate {folder.name}", disable=None if rank == 0 else True):
         prompts, references = zip(*sets[name])
         texts = generate(model, tokenizer, list(prompts), seed, args, args.no_repeat_ngram)
         scores = row_scores(texts, references)
+        rows.setdefault(name, []).append(scores["rougeL"])
         for metric, values in scores.items():
             result[metric].setdefault(name, []).append(statistics.fmean(values))
-        total = np.add(result["rows"].get(name, 0), scores["rougeL"])
-        result["rows"][name] = total if seed != args.eval_seeds[-1] else (total / len(args.eval_seeds)).round(2).tolist()
         if rank == 0:
             (folder / "predictions").mkdir(parents=True, exist_ok=True)
             with open(folder / "predictions" / f"{name}-{seed}.jsonl", "w") as file:
@@ -1144,11 +1155,12 @@ def evaluate(args, source, folder, device):
                                 for row, text in zip(sets[name], texts))
     for metric in ("rougeL", "exact_match"):
         result[metric] |= averages(result[metric])
+    result["rows"] = {name: np.mean(values, 0).round(2).tolist() for name, values in rows.items()}
     if rank == 0:
         write_json(path, result)
     return result
 
-# Table 1 of the paper: Dolly, SelfInst, Vicuna, S-NI, UnNI; those of clp, cla and dskd for an f it does not name
+# Table 1 of the paper: Dolly, SelfInst, Vicuna, S-NI, UnNI; it does not say which f dskd, clp and cla have
 PAPER = {
     "untrained": (6.39, 4.72, 10.18, 4.49, 4.64), "teacher": (27.45, 19.42, 20.93, 34.74, 35.98),
     "teacher-gpt2-xl": (27.07, 14.65, 16.24, 27.12, 31.41), "dskd": (25.98, 10.58, 15.54, 19.22, 22.13),
@@ -1178,16 +1190,16 @@ def bootstrap(group, base, replicates=1000):
     return {name: np.quantile(values, (0.025, 0.975)) for name, values in difference.items()}
 
 def report(results, baseline=None):
-    """Table 1's form in Markdown, and one of alignment numbers, from the contents of eval.json files; runs that
-    differ only in their training seed share a row. InputError: no run has the baseline's name, or they were
-    tested on other rows."""
+    """Table 1's form in Markdown, and one of alignment numbers, from the contents of eval.json files; runs
+    that differ only in their training seed share a row. InputError: no run has the baseline's name, or they
+    were tested on different rows."""
     names, runs, sizes = list(results[0]["rougeL"]), {}, set()
     for result in results:
         runs.setdefault(result["run"], []).append(result)
         sizes.add(str({name: len(rows) for name, rows in result["rows"].items()}))
     if len(sizes) > 1 or baseline and baseline not in runs:
-        raise InputError(f"--report: found test sets of {' and '.join(sorted(sizes))} rows, baseline {baseline}; "
-                         f"expected one kind of test sets, and a baseline among {', '.join(runs)}")
+        raise InputError(f"--report: found rows {' and '.join(sorted(sizes))}, baseline {baseline}; expected "
+                         f"the same rows in all runs, and a baseline among {', '.join(runs)}")
 
     def cell(values):  # (training seeds, sampling seeds)
         values = np.array(values)
@@ -1214,8 +1226,8 @@ def report(results, baseline=None):
         lines += [[run, str(len(group)), *(cell([[result["alignment"].get(n, math.nan)] for result in group])
                                            for n in numbers)] for run, group in aligned.items()]
     return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines) + (
-        "\n\nMean over training and sampling seeds ± standard deviation over training seeds (over sampling seeds, "
-        "within a run)" + ("; [95 % interval of the difference]." if baseline else "."))
+        "\n\nMean over training and sampling seeds ± standard deviation over training seeds (over sampling "
+        "seeds, within a run)" + ("; [95 % interval of the difference]." if baseline else "."))
 
 # 10. Alignment analysis =====================================================================================
 def align_batch(args, proj, student, teacher, s, t):
@@ -1228,13 +1240,14 @@ def align_batch(args, proj, student, teacher, s, t):
         return q, k, align_positions(args.method, q, k, s.mask, t.mask, chunks)[0], chunks
 
 def alignment_numbers(q, k, a, chunks, s, t):
-    """How well A^{t->s} (B, S, T) finds the right chunk, M^{t->s}, and how far queries are from keys, by name.
+    """How well A^{t->s} (B, S, T) finds the right chunk, and how far queries are from keys, by name.
 
     For all student positions that have a chunk, and for those whose token occurs once or repeats in its
     response: `mass` of attention inside the chunk; `top`, the share whose strongest key is in it; `entropy`,
     in nats. Of Q and K: `mean_gap` |mean q - mean k|, `norm_q`, `norm_k`, `mmd` (the squared maximum mean
     discrepancy, unbiased, with the kernel exp(-|x - y|^2 / m), m the median of |x - y|^2), and `probe`, the
     balanced accuracy of a linear probe (ridge regression, fitted on the even rows, tested on the odd ones).
+    CLP has no use for queries; its are those of the random start.
     """
     numbers, placed = {}, chunks.any(-1)
     same = (s.targets[:, :, None] == s.targets[:, None]) & s.mask[:, None]
@@ -1250,79 +1263,81 @@ def alignment_numbers(q, k, a, chunks, s, t):
     own = [part.sum() / (len(part) * (len(part) - 1)) for part in (kernel[:n, :n], kernel[n:, n:])]
     numbers |= dict(mean_gap=(x.mean(0) - y.mean(0)).norm().item(), norm_q=x.norm(dim=-1).mean().item(),
                     norm_k=y.norm(dim=-1).mean().item(), mmd=(sum(own) - 2 * kernel[:n, n:].mean()).item())
-    even = torch.cat([(torch.arange(len(m), device=m.device)[:, None] % 2 == 0).expand_as(m)[m] for m in (s.mask, t.mask)])
-    label = torch.where(torch.arange(len(z), device=z.device) < n, 1.0, -1.0)
-    z = z - z[even].mean(0)
+    rows = torch.cat([mask.nonzero()[:, 0] for mask in (s.mask, t.mask)])
+    even, label = rows % 2 == 0, torch.ones_like(z[:, 0])
+    label[n:] = -1
+    z, middle = z - z[even].mean(0), label[even].mean()
     gram = z[even] @ z[even].mT
     ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=z.device)
-    middle = label[even].mean()
     score = z @ z[even].mT @ torch.linalg.solve(gram + ridge, label[even] - middle) + middle
-    right = (score > 0) == (label > 0)
-    sides = [right[~even & (label == side)].float() for side in (1, -1)]
-    return numbers | dict(probe=sum(side.mean().item() for side in sides) / 2) if all(map(len, sides)) else numbers
+    right = [(score * label > 0)[~even & (label == side)].float() for side in (1, -1)]
+    if all(map(len, right)):  # there are odd rows
+        numbers["probe"] = sum(side.mean().item() for side in right) / 2
+    return numbers
 
-def heatmap(name, side, a, labels):
-    """An SVG figure of A^{t->s}: a (S, T), student's tokens down, teacher's across, labels: their texts; side:
-    the chunk numbers of both, whose chunks are outlined."""
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Alignment</title><style>
+:root { color-scheme: light dark; --heat: light-dark(#0b5cad, #79c0ff); --edge: light-dark(#c2410c, #ffa657) }
+body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem } pre { white-space: pre-wrap }
+section { display: flex; gap: 2rem; overflow-x: auto } figure { margin: 0 } figcaption { font-weight: 600 }
+svg { font: 11px ui-monospace, monospace; fill: currentColor } rect { fill: var(--heat) }
+rect:hover { stroke: currentColor } .chunk { fill: none; stroke: var(--edge); pointer-events: none }
+table { border-collapse: collapse } th, td { padding: 0 .6rem; text-align: right; border: 1px solid #8886 }
+</style><h1>Alignment of student and teacher</h1><p>The weight with which each student position (down) reads
+each teacher position (across); point at a cell for its value. Outlines are chunks, the smallest spans of text
+that begin and end between tokens of both sides. The labels are the tokens that the positions predict.</p>"""
+
+def heatmap(name, a, chunks, labels):
+    """An SVG figure of one row's A^{t->s}, a (S, T). chunks, labels: chunk numbers and texts of the student's
+    tokens (down) and the teacher's (across)."""
     cell, margin = 15, 95
     down, across = ([html.escape(text[:13] + "…" * (len(text) > 13)) for text in texts] for texts in labels)
+
+    def box(j, i, width, height, more):
+        return (f'<rect x="{margin + cell * j}" y="{margin + cell * i}" width="{cell * width}" '
+                f'height="{cell * height}" {more}</rect>')
+
     shapes = [f'<text x="{margin - 4}" y="{margin + cell * i + 11}" text-anchor="end">{text}</text>'
               for i, text in enumerate(down)]
     shapes += [f'<text transform="translate({margin + cell * j + 11},{margin - 4}) rotate(-90)">{text}</text>'
                for j, text in enumerate(across)]
-    shapes += [f'<rect x="{margin + cell * j}" y="{margin + cell * i}" width="{cell}" height="{cell}" '
-               f'fill-opacity="{a[i][j]:.2f}"><title>{down[i]} from {across[j]}: {a[i][j]:.3f}'
-               '</title></rect>' for i in range(len(down)) for j in range(len(across))]
-    for chunk in sorted(set(side[0]) & set(side[1])):
-        (top, height), (left, width) = ((numbers.index(chunk), numbers.count(chunk)) for numbers in side)
-        shapes.append(f'<rect class="chunk" x="{margin + cell * left}" y="{margin + cell * top}" '
-                      f'width="{cell * width}" height="{cell * height}"/>')
-    width, height = (margin + cell * len(texts) + 1 for texts in (across, down))
-    return (f'<figure><figcaption>{html.escape(name)}</figcaption><svg width="{width}" height="{height}" role="img">'
-            f'{"".join(shapes)}</svg></figure>')
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Alignment of student and teacher</title><style>
-:root { color-scheme: light dark; --heat: light-dark(#0b5cad, #79c0ff); --chunk: light-dark(#c2410c, #ffa657) }
-body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem } section { display: flex; gap: 2rem; overflow-x: auto }
-figure { margin: 0 } figcaption { font-weight: 600 } svg { font: 11px ui-monospace, monospace; fill: currentColor }
-rect { fill: var(--heat) } rect:hover { stroke: currentColor } table { border-collapse: collapse }
-.chunk { fill: none; stroke: var(--chunk); stroke-width: 1.5; pointer-events: none }
-th, td { padding: .1rem .6rem; text-align: right; border-bottom: 1px solid #8886 } pre { white-space: pre-wrap }
-</style><h1>Alignment of student and teacher tokens</h1><p>The weight with which each student position (down) reads
-each teacher position (across); point at a cell for its value. Outlines are chunks, the smallest spans of text with
-token limits of both sides at both ends. The labels are the predicted tokens.</p>"""
+    shapes += [box(j, i, 1, 1, f'fill-opacity="{a[i][j]:.2f}"><title>{s} from {t}: {a[i][j]:.3f}</title>')
+               for i, s in enumerate(down) for j, t in enumerate(across)]
+    for chunk in sorted(set(chunks[0]) & set(chunks[1])):
+        (i, height), (j, width) = ((numbers.index(chunk), numbers.count(chunk)) for numbers in chunks)
+        shapes.append(box(j, i, width, height, 'class="chunk">'))
+    size = f'width="{margin + cell * len(across) + 1}" height="{margin + cell * len(down) + 1}"'
+    return f"<figure><figcaption>{html.escape(name)}</figcaption><svg {size}>{''.join(shapes)}</svg></figure>"
 
 def write_alignment(args, checkpoints, path, device):
-    """A page without further files: the alignment's numbers and, for the first --align rows of the development
-    set, a heatmap of each checkpoint, side by side. InputError: a checkpoint without alignment.pt."""
-    rows, numbers, figures = read_rows(fetch(f"{args.data}/raw.jsonl"))[:args.dev_rows][:48], {}, {}
-    for checkpoint in map(pathlib.Path, checkpoints):
-        if not (checkpoint / "alignment.pt").exists():
-            raise InputError(f"{checkpoint}: found no alignment.pt, expected a checkpoint of cma, clp or cla")
+    """One page with, for each checkpoint side by side, the alignment's numbers on development rows and a
+    heatmap of the first --align of them. InputError: a checkpoint without alignment.pt."""
+    rows = read_rows(fetch(f"{args.data}/raw.jsonl"), min(args.dev_rows, DEV_ALIGNED))
+    columns, figures = {}, {}
+    if not checkpoints or not all((checkpoint / "alignment.pt").exists() for checkpoint in checkpoints):
+        raise InputError(f"--align: found no alignment.pt in {' or '.join(map(str, checkpoints)) or 'any run'}, "
+                         "expected checkpoints of cma, clp or cla")
+    for checkpoint in checkpoints:
         saved = torch.load(checkpoint / "alignment.pt", map_location=device, weights_only=True)
         sources, name = (str(checkpoint), saved["teacher"]), checkpoint.resolve().parent.name
         tokenizers = [load_tokenizer(source) for source in sources]
-        student, teacher = (load_model(*pair, device) for pair in zip(sources, tokenizers))
-        proj = Projectors(*(m.get_input_embeddings().weight.shape[1] for m in (student, teacher))).to(device)
+        models = [load_model(*pair, device) for pair in zip(sources, tokenizers)]
+        proj = Projectors(*(model.get_input_embeddings().weight.shape[1] for model in models)).to(device)
         proj.load_state_dict(saved["proj"])
         sides, _ = training_data(rows, tokenizers, args.max_prompt, args.max_length)
         batch = [collate(side, tok.eos_token_id, device) for side, tok in zip(sides, tokenizers)]
-        q, k, a, chunks = align_batch(argparse.Namespace(**saved), proj, student, teacher, *batch)
-        numbers[name] = alignment_numbers(q, k, a, chunks, *batch)
-        for i, pair in enumerate(list(zip(*sides))[:args.align]):
-            labels = [[tok.decode([token]).replace(" ", "·").replace("\n", "↵") for token in e.ids[e.start:]]
-                      for tok, e in zip(tokenizers, pair)]
-            weights = a[i, :len(labels[0]), :len(labels[1])].tolist()
-            text = tokenizers[0].decode(pair[0].ids)
-            figures.setdefault(text, []).append(heatmap(name, [e.chunk for e in pair], weights, labels))
-    names = list(next(iter(numbers.values())))
-    table = "".join(f"<tr><th>{name}</th>" + "".join(f"<td>{n.get(name, math.nan):.3f}</td>" for n in numbers.values())
-                    + "</tr>" for name in names)
-    body = "".join(f"<h2>Row {i}</h2><pre>{html.escape(text)}</pre><section>{''.join(maps)}</section>"
-                   for i, (text, maps) in enumerate(figures.items(), 1))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in numbers)
-    page = f"{PAGE}<table><tr><th></th>{head}</tr>{table}</table>{body}</html>"
-    write_atomically(path, lambda file: file.write(page.encode()))
+        q, k, a, chunks = align_batch(argparse.Namespace(**saved), proj, *models, *batch)
+        columns[name] = alignment_numbers(q, k, a, chunks, *batch)
+        for weights, *pair in list(zip(a, *sides))[:args.align]:
+            labels = [[tok.decode([token]).replace(" ", "·").replace("\n", "↵")
+                       for token in example.ids[example.start:]] for tok, example in zip(tokenizers, pair)]
+            figures.setdefault(tokenizers[0].decode(pair[0].ids), []).append(
+                heatmap(name, weights.tolist(), [example.chunk for example in pair], labels))
+    cells = [["", *columns]] + [[name, *(f"{column.get(name, math.nan):.3f}" for column in columns.values())]
+                                for name in columns[name]]
+    table = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
+    body = "".join(f"<h2>Row {n}</h2><pre>{html.escape(text)}</pre><section>{''.join(maps)}</section>"
+                   for n, (text, maps) in enumerate(figures.items(), 1))
+    write_atomically(path, lambda file: file.write(f"{PAGE}<table>{table}</table>{body}</html>".encode()))
     print(f"The alignment is in {path.resolve()}")
 
 # 11. Demo: tasks, tokenizers and models made here ===========================================================
@@ -1378,7 +1393,8 @@ def demo_settings(args):
     """The defaults of a demo's run."""
     data = pathlib.Path(args.out) / "data"
     return dict(
-        data=str(data), student=str(data / "student"), tests=[f"{n}={data / n}.jsonl" for n in ("seen", "longer")],
+        data=str(data), student=str(data / "student"),
+        tests=[f"{name}={data / name}.jsonl" for name in ("seen", "longer")],
         teacher=str(data / ("teacher-same" if args.method in SAME_TOKENIZER else "teacher")), dev_rows=100,
         eval_seeds=[10, 20, 30], max_new_tokens=40, no_repeat_ngram=0, eval_batch=200, log_every=25,
         micro_batch=16, teacher_epochs=8, teacher_lr=2e-3, epochs=4, lr=2e-3, lr_projectors=2e-3)
@@ -1399,30 +1415,33 @@ def parse(argv=None):
         parser.set_defaults(out="runs/demo")
         parser.set_defaults(**demo_settings(parser.parse_args(argv)))
         args = parser.parse_args(argv)
+    queries, matches = args.method in ("cma", "cla"), args.ga or args.ct
     for flag, wrong, expected in (
-            ("--ga or --ct", (args.ga or args.ct) and args.method not in ("cma", "cla"), "--method cma or cla"),
-            ("--normalise-queries", args.normalise_queries and args.method not in ("cma", "cla"), "--method cma or cla"),
+            ("--ga or --ct", matches and not queries, "--method cma or cla"),
+            ("--normalise-queries", args.normalise_queries and not queries, "--method cma or cla"),
             ("--ga", args.ga and args.ct, "no --ct beside it"),
-            ("--released-kq", args.released_kq and not (args.ga or args.ct), "--ga or --ct"),
+            ("--released-kq", args.released_kq and not matches, "--ga or --ct"),
             ("--baseline", args.baseline and not args.report, "--report"),
-            ("--align", args.align and not (args.report or args.eval_only) and args.method not in ALIGNED,
+            ("--align", args.align and not (args.report or args.eval_only or args.method in ALIGNED),
              "--method cma, clp or cla")):
         if wrong:
             raise InputError(f"{flag}: found --method {args.method}, expected {expected}")
     return args
 
 def check_pair(args):
-    """InputError if the method cannot work on the pair: kd and dskd want one tokenizer, kd heads of one size."""
-    tokenizers = [load_tokenizer(source) for source in (args.student, args.teacher)]
+    """InputError if the method cannot work on the pair: kd, dskd want one tokenizer, kd heads of one size."""
+    sources = args.student, args.teacher
+    tokenizers = [load_tokenizer(source) for source in sources]
+    sizes = [AutoConfig.from_pretrained(source).get_text_config().vocab_size for source in sources]
     rows = read_rows(fetch(f"{args.data}/raw.jsonl"), 100)
-    tokenized = [[example.ids for example in encode(tok, rows, args.max_length)] for tok in tokenizers]
-    if args.method in SAME_TOKENIZER and (
-            tokenizers[0].get_vocab() != tokenizers[1].get_vocab() or tokenized[0] != tokenized[1]):
-        raise InputError(f"--method {args.method}: found different tokenizers in {args.student} and {args.teacher}, "
+    same = tokenizers[0].get_vocab() == tokenizers[1].get_vocab() and [
+        e.ids for e in encode(tokenizers[0], rows, args.max_length)] == [
+        e.ids for e in encode(tokenizers[1], rows, args.max_length)]
+    if args.method in SAME_TOKENIZER and not same:
+        raise InputError(f"--method {args.method}: found different tokenizers in {' and '.join(sources)}, "
                          "expected one; cma, clp, cla, uld and mined work with two")
-    sizes = [AutoConfig.from_pretrained(source).get_text_config().vocab_size for source in (args.student, args.teacher)]
     if args.method == "kd" and sizes[0] != sizes[1]:
-        raise InputError(f"--method kd: found heads of {sizes[0]} and {sizes[1]} tokens, expected one size; try dskd")
+        raise InputError(f"--method kd: found heads of {sizes[0]} and {sizes[1]} tokens, expected one size")
 
 def experiment(args, device):
     """The scores of one run: fine-tunes the teacher if need be, trains, evaluates the best checkpoint."""
@@ -1433,13 +1452,14 @@ def experiment(args, device):
         check_pair(args)
         teacher = args.teacher
         if not args.teacher_ready:  # one teacher for all runs, whatever their seed
-            tuning = dict(method="sft", student=teacher, epochs=args.teacher_epochs, lr=args.teacher_lr, seed=10)
+            tuning = dict(method="sft", student=teacher, epochs=args.teacher_epochs, lr=args.teacher_lr,
+                          seed=10)
             teacher = str(train(argparse.Namespace(**vars(args) | tuning),
                                 out / f"{pathlib.Path(teacher).name}-tuned", device))
     source = source or str(train(args, folder, device, teacher))
     result = evaluate(args, source, folder, device)
     if args.align and world()[0] == 0:
-        write_alignment(args, [source], folder / "alignment.html", device)
+        write_alignment(args, [pathlib.Path(source)], folder / "alignment.html", device)
     return result
 
 def main(argv=None):
@@ -1455,9 +1475,8 @@ def main(argv=None):
         results = [json.loads(path.read_text()) for path in paths]
         print(report(results, args.baseline))
         if args.align:
-            checkpoints = [path.parent / "best" for path in paths]
-            write_alignment(args, [c for c in checkpoints if (c / "alignment.pt").exists()],
-                            pathlib.Path(args.out) / "alignment.html", device)
+            aligned = [path.parent / "best" for path, result in zip(paths, results) if result["alignment"]]
+            write_alignment(args, aligned, pathlib.Path(args.out) / "alignment.html", device)
         return results
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

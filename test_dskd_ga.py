@@ -3,6 +3,8 @@
 The oracles know neither padding nor slices: they loop over rows, positions or vocabulary, or are dense.
 """
 import argparse
+import functools
+import itertools
 import json
 import math
 import os
@@ -22,8 +24,9 @@ from torch import nn
 
 import dskd_ga
 from dskd_ga import (
-    Discriminator, Head, Projectors, chunk_alignment, chunk_projection, cross_model_attention, divergence,
-    dual_space_losses, ga_loss, ga_terms, head_losses, rouge_l, std_normalise)
+    Critic, Discriminator, Head, Projectors, baseline_losses, chunk_alignment, chunk_projection,
+    cross_model_attention, ct_loss, ct_terms, divergence, dual_space_losses, edit_distances, ga_loss, ga_terms,
+    head_losses, matched_alone, mined_targets, rouge_l, std_normalise, token_map, uld_loss)
 
 torch.set_num_threads(1)  # the tensors are tiny
 INF, NAN = math.inf, math.nan
@@ -260,6 +263,87 @@ def test_chunk_alignment_is_the_chunk_walk():
         assert torch.equal(chunk_alignment(*sides), chunk_walk(*sides)), sides
 
 
+@functools.cache
+def levenshtein(a, b):
+    if not a or not b:
+        return len(a) + len(b)
+    longer = min(levenshtein(a[1:], b), levenshtein(a, b[1:])) + 1
+    return min(longer, levenshtein(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+def random_texts(rng, most, longest):
+    letters = rng.choice(["ab", "Ġabš😀"])
+    return ["".join(rng.choices(letters, k=rng.randint(0, longest))) for _ in range(rng.randint(1, most))]
+
+
+def test_edit_distances():
+    rng = random.Random(0)
+    cases = [([""], [""]), (["", "ab"], [""]), ([""], ["ab"]), (["kitten"], ["sitting"])]
+    cases += [(random_texts(rng, 6, 7), random_texts(rng, 6, 7)) for _ in range(50)]
+    for s_texts, t_texts in cases:
+        t_texts.append(s_texts[0])
+        expected = [[levenshtein(s, t) for t in t_texts] for s in s_texts]
+        assert edit_distances(s_texts, t_texts).tolist() == expected, (s_texts, t_texts)
+
+
+def slow_alone(s_texts, t_texts):
+    """The map of the pairs matched alone on the warping path of the least summed distance."""
+    total = {(0, 0): (0, [])}  # (i, j): cost and pairs of the best path through the first i and j tokens
+    for i, s in enumerate(s_texts, 1):
+        for j, t in enumerate(t_texts, 1):
+            before = [total[at] for at in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if at in total]
+            cost, path = min(before, key=lambda found: found[0])  # the first of equals
+            path = path + [(i - 1, j - 1)]
+            total[i, j] = cost + levenshtein(s, t), path
+    rows, columns = zip(*path)
+    alone = [(i, j) for i, j in path if rows.count(i) == columns.count(j) == 1]
+    return torch.tensor([[(i, j) in alone for j in range(len(t_texts))] for i in range(len(s_texts))])
+
+
+@pytest.mark.parametrize("case, s_text, t_text, expected", [
+    ("equal", "a b c", "a b c", "100 010 001"),
+    ("nearly equal", "ab cd", "abc c", "10 01"),
+    ("one to many", "ab c", "a b c", "000 001"),
+    ("many to one", "x aa aa y", "x aa y", "100 000 000 001"),
+    ("one token", "a", "b", "1"),
+    ("one student token", "a", "a b a", "000"),
+    ("one teacher token", "a b", "b", "0 0"),
+    ("repeated: the diagonal goes first", "a a b", "a a a b", "0000 0010 0001"),
+    ("exchanged: the diagonal goes first", "a c", "c a", "10 01"),
+    ("of up and left, up goes first", "c a c", "b b c a", "0000 0000 0000")])
+def test_matched_alone(case, s_text, t_text, expected):
+    s_texts, t_texts, expected = s_text.split(), t_text.split(), bools(*expected.split())
+    s_number, t_number = matched_alone(s_texts, t_texts)
+    assert torch.equal(s_number[:, None] == t_number, expected)
+    assert torch.equal(slow_alone(s_texts, t_texts), expected)
+
+
+def test_matched_alone_is_the_warping_path():
+    rng = random.Random(0)
+    for _ in range(300):
+        vocabulary = random_texts(rng, 6, 3)  # so texts are repeated, and many paths equal in cost
+        s_texts, t_texts = (rng.choices(vocabulary, k=rng.randint(1, 9)) for _ in range(2))
+        (s_number, t_number), expected = matched_alone(s_texts, t_texts), slow_alone(s_texts, t_texts)
+        assert torch.equal(s_number[:, None] == t_number, expected), (s_texts, t_texts)
+        for number, matched, nowhere in ((s_number, expected.any(1), -1), (t_number, expected.any(0), -2)):
+            assert number.dtype == torch.long and torch.equal(number == nowhere, ~matched)
+            assert (number[matched] >= 0).all()
+
+
+def test_token_map():
+    rng = random.Random(0)
+    cases = [(["b", "a"], ["ab", "", "c", "a"]), ([""], ["", "ab", "abc"]), (["abcd"], ["a", "ab", "badc"]),
+             (["ba", "aab"], ["ab"]), (["naïve", "naive", "naive"], ["naive", "Naïve", "naif", "ñaîvé"])]
+    cases += [(random_texts(rng, 30, 8), random_texts(rng, 30, 8)) for _ in range(60)]
+    for s_texts, t_texts in cases:
+        s_texts = s_texts + s_texts[:1]
+        expected = []
+        for t in t_texts:
+            distances = [levenshtein(s, t) for s in s_texts]
+            expected.append(distances.index(min(distances)) if min(distances) <= 2 else -1)
+        assert token_map(s_texts, t_texts) == expected, (s_texts, t_texts)
+
+
 # ------------------------------------------------------------------------------ key-query matching
 def test_discriminator():
     disc, x = Discriminator(6, hidden=5, dropout=0.5).double(), normal(2, 3, 6, grad=True)
@@ -314,6 +398,67 @@ def test_ga_training_moves_the_queries_until_the_discriminator_errs():
     assert all(torch.equal(a, b) for a, b in zip(before, (keys, *query.parameters())))
     assert accuracy_after(torch.optim.SGD([*query.parameters(), keys], lr=0.2), 60) < 0.6
     assert torch.equal(keys, before[0])
+
+
+def unit_vectors(network, x):
+    y = x @ network[1].weight.T + network[1].bias
+    z = torch.where(y > 0, y, 0.1 * y) @ network[3].weight.T + network[3].bias
+    return z / z.pow(2).sum(-1, keepdim=True).sqrt()
+
+
+def slow_ct(critic, q, k):
+    """Eq. (15) for one row: sums over its queries, q (n, w), and over its keys, k (m, w)."""
+    dots = [[[a @ b for b in unit_vectors(network, k)] for a in unit_vectors(network, q)]
+            for network in (critic.critic, critic.navigator)]
+    pairs = [[(1 - c, n.exp()) for c, n in zip(*rows)] for rows in zip(*dots)]  # cost, weight
+    expected = lambda line: sum(cost * weight for cost, weight in line) / sum(weight for _, weight in line)
+    return sum(map(expected, pairs)) / 2, sum(map(expected, zip(*pairs))) / 2
+
+
+@pytest.mark.parametrize("garbage, extra", [(0.0, 0), (NAN, 2), (1e30, 1)])
+def test_ct_loss(garbage, extra):
+    critic, x = Critic(6, hidden=5).double(), normal(9, 6)
+    for name in ("critic", "navigator"):
+        assert not torch.equal(critic(x, name), critic(x, name))  # dropout
+    critic.eval()
+    q_rows, k_rows = ([normal(n, 6, grad=True) for n in lengths] for lengths in (S_LENGTHS, T_LENGTHS))
+    rows = [slow_ct(critic, *row) for row in zip(q_rows, k_rows)]
+    to_keys, to_queries = map(sum, zip(*rows))
+    plain = to_keys / sum(S_LENGTHS) + to_queries / sum(T_LENGTHS)
+    (q, s_mask), (k, t_mask) = padded(q_rows, garbage, extra), padded(k_rows, -garbage, extra)
+    found, up = ct_loss(critic, q, k, s_mask, t_mask), list(critic.critic.parameters())
+    down = [*q_rows, *critic.navigator.parameters()]
+    same_with_gradients(found, plain, down)                                  # P_Q and the navigator descend
+    same(gradients(found, up), tuple(-g for g in gradients(plain, up)))      # the critic ascends
+    assert all((g == 0).all() for g in gradients(found, k_rows))             # keys are constants
+    assert (gradients(found, [q])[0][~s_mask] == 0).all()
+    for batch in ([0, 1, 2], [2, 0], [1]):
+        found = ct_terms(critic, q[batch], k[batch], s_mask[batch], t_mask[batch])
+        for name, expected in zip(("ct_q", "ct_k"), zip(*(rows[b] for b in batch))):
+            same_with_gradients(found[name], sum(expected), down)
+    assert ct_loss(critic, q, k, s_mask & False, t_mask & False) == 0
+
+
+def test_ct_training_raises_the_cost_by_the_critic_and_lowers_it_by_the_queries():
+    query, critic = nn.Linear(8, 6), Critic(6, hidden=32)
+    embeddings, keys = torch.randn(4, 32, 8), nn.Parameter(0.5 * torch.randn(4, 24, 6) + 1)
+    masks = torch.ones(4, 32, dtype=torch.bool), torch.ones(4, 24, dtype=torch.bool)
+    before = [tensor.detach().clone() for tensor in (keys, *query.parameters())]
+
+    def cost_after(moving, steps):
+        critic.train()
+        optimiser = torch.optim.Adam([*moving.parameters(), keys], lr=0.01)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            ct_loss(critic, query(embeddings), keys, *masks).backward()
+            optimiser.step()
+        with torch.no_grad():
+            return ct_loss(critic.eval(), query(embeddings), keys, *masks)
+
+    costs = [cost_after(query, 0), cost_after(critic.critic, 40)]
+    assert all(torch.equal(a, b) for a, b in zip(before, (keys, *query.parameters())))
+    costs.append(cost_after(query, 40))
+    assert costs[1] > costs[0] + 0.3 and costs[2] < costs[1] - 0.3 and torch.equal(keys, before[0]), costs
 
 
 # ------------------------------------------------------------------------------ vocabulary products
@@ -374,15 +519,15 @@ TERMS = ("ce", "ce_t2s", "kd_t2s", "kd_s2t")
 
 
 class Problem:
-    """Three rows with the lengths of CHUNKS; `leaves` are all that may get a gradient."""
+    """Three rows with the lengths of CHUNKS or S_LENGTHS twice; `leaves` are all that may get a gradient."""
 
-    def __init__(self, bias_and_softcap=False, scale=None, d_s=4, d_t=3, V_s=5, V_t=7):
+    def __init__(self, bias_and_softcap=False, scale=None, d_s=4, d_t=3, V_s=5, V_t=7, t_lengths=T_LENGTHS):
         torch.manual_seed(193)  # the argmax of q^{t->s} is right at some positions, also without a chunk
         self.proj, self.scale = Projectors(d_s, d_t).double(), scale
         self.h_s = [normal(n, d_s, grad=True) for n in S_LENGTHS]
-        self.h_t = [3 * normal(n, d_t) for n in T_LENGTHS]
+        self.h_t = [3 * normal(n, d_t) for n in t_lengths]
         self.s_in, self.s_tgt = ([torch.randint(V_s, (n,)) for n in S_LENGTHS] for _ in range(2))
-        self.t_in, self.t_tgt = ([torch.randint(V_t, (n,)) for n in T_LENGTHS] for _ in range(2))
+        self.t_in, self.t_tgt = ([torch.randint(V_t, (n,)) for n in t_lengths] for _ in range(2))
         self.E_s, self.E_t = normal(V_s, d_s), normal(V_t, d_t)
         self.W_s, self.W_t = Head(normal(V_s, d_s, grad=True)), Head(normal(V_t, d_t))
         if bias_and_softcap:
@@ -405,19 +550,21 @@ class Problem:
                                  **options)
 
     def oracle(self, b, align="cma", div="skl", temperature=2.0, skew=0.1, correct_only=True, s2t_div="kl",
-               max_logits=None):
+               normalise_queries=False, max_logits=None):
         """Eqs. (1)-(9) for row b."""
         linear = lambda layer, x: x @ layer.weight.T + layer.bias
         embed = lambda table, ids: table[ids[b]] * (self.scale or 1)
         e_s_tgt, e_t_tgt = embed(self.E_s, self.s_tgt), embed(self.E_t, self.t_tgt)
-        h_s, h_t, chunks = self.h_s[b], self.h_t[b], CHUNKS[b]
+        h_s, h_t, dskd = self.h_s[b], self.h_t[b], align == "dskd"
+        chunks = (torch.eye(len(h_s)) if dskd else CHUNKS[b]).double()
         q = linear(self.proj.query, torch.cat([embed(self.E_s, self.s_in), e_s_tgt], 1))
+        q = q / q.std() if normalise_queries else q
         k = torch.cat([embed(self.E_t, self.t_in), e_t_tgt], 1)
         k = k / k.std()
         v_s2t = linear(self.proj.s2t, h_s)
-        v_t2s = linear(self.proj.t2s, h_t / h_t.std() + e_t_tgt / e_t_tgt.std())
+        v_t2s = linear(self.proj.t2s, h_t if dskd else h_t / h_t.std() + e_t_tgt / e_t_tgt.std())
         weights = (q @ k.T / math.sqrt(k.shape[1])).exp()
-        weights = {"cma": weights, "cla": weights * chunks, "clp": chunks.double()}[align]
+        weights = {"cma": weights, "cla": weights * chunks}.get(align, chunks)
         a_t2s, a_s2t = (a / a.sum(1, keepdim=True).clamp(min=1e-99) for a in (weights, weights.T))
         W_s_const = Head(*(x.detach() if torch.is_tensor(x) else x for x in self.W_s))
         z_s, z_t2s = dense_logits(h_s, self.W_s), dense_logits(a_t2s @ v_t2s, W_s_const)
@@ -442,10 +589,11 @@ every_model = pytest.mark.parametrize("model", [dict(), dict(bias_and_softcap=Tr
 @pytest.mark.parametrize("options", [
     dict(), dict(align="clp"), dict(align="cla"), dict(correct_only=False), dict(div="akl"),
     dict(align="cla", correct_only=False), dict(s2t_div="skl", skew=0.3), dict(temperature=1.0),
-    dict(max_logits=8)], ids=str)
+    dict(max_logits=8), dict(normalise_queries=True), dict(align="cla", normalise_queries=True),
+    dict(align="dskd"), dict(align="dskd", div="kl", correct_only=False)], ids=str)
 @every_model
 def test_dual_space_losses(model, options):
-    problem = Problem(**model)
+    problem = Problem(**model, t_lengths=S_LENGTHS if options.get("align") == "dskd" else T_LENGTHS)
     leaves, rows = list(problem.leaves.values()), [problem.oracle(b, **options) for b in range(3)]
     tol = 1e-6 if options.get("align") == "clp" else 1e-10  # its maps are float32
     for batch, garbage, extra in (([0, 1, 2], 0.0, 0), ([0, 1, 2], NAN, 3), ([0, 1, 2], 1e30, 1),
@@ -482,9 +630,108 @@ def test_gradient_routing(model):
 
 
 def test_dual_space_losses_reject_what_they_cannot_align():
-    for options, message in ((dict(align="dtw"), "dtw"), (dict(align="clp", chunks=None), "chunks")):
+    for options, message in ((dict(align="dtw"), "dtw"), (dict(align="clp", chunks=None), "chunks"),
+                             (dict(align="dskd"), "masks")):
         with pytest.raises(ValueError, match=message):
             Problem().losses(**options)
+
+
+# ------------------------------------------------------------------------------ baselines
+def slow_uld(z_s, z_t):
+    """One position: z_s (V_s,), z_t (V_t,)."""
+    sides = [sorted(z.exp() / z.exp().sum(), key=lambda x: -x.item()) for z in (z_s, z_t)]
+    return sum(abs(a - b) for a, b in itertools.zip_longest(*sides, fillvalue=0.0))
+
+
+@pytest.mark.parametrize("V_s, V_t", [(5, 9), (9, 5), (7, 7)])
+def test_uld_loss(V_s, V_t):
+    z_s, z_t = normal(2, 3, V_s, grad=True), (3 * normal(2, 3, V_t)).requires_grad_()
+    slow = lambda *sides: torch.stack([torch.stack(list(map(slow_uld, *rows))) for rows in zip(*sides)])
+    same_with_gradients(uld_loss(z_s, z_t), slow(z_s, z_t), [z_s, z_t])
+    half = z_s.bfloat16(), z_t.bfloat16()
+    same(uld_loss(*half), slow(*(z.double() for z in half)).float(), 1e-5)
+    same(uld_loss(z_s, torch.cat([z_s, torch.full_like(z_s, -INF)], -1)), torch.zeros(2, 3).double())
+
+
+def slow_mined(z_t, vocabulary, gold, matched, size, tau):
+    """One position's target distribution; z_t (V_t,)."""
+    p = torch.zeros(size, dtype=torch.float64)
+    for v, z in zip(vocabulary, z_t):
+        if matched and v >= 0:
+            p[v] += (z / tau).exp()
+    return p / p.sum() if p.sum() > 0 else torch.eye(size, dtype=torch.float64)[gold]
+
+
+MAP = torch.tensor([0, 3, -1, 3, 1, -1, 3])  # onto some of 5 ids
+
+
+@pytest.mark.parametrize("vocabulary", [MAP, MAP.clamp(max=-1), MAP.clamp(min=2)])
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_mined_targets(vocabulary, tau):
+    z_t, gold, matched = 3 * normal(6, 7), torch.tensor([0, 4, 2, 3, 3, 1]), bools("110110")[0]
+    z_t[1, MAP >= 0] = z_t[3, 3:] = -INF  # what is mapped has no mass at all, or has some
+    for dtype, tol in ((torch.float64, 1e-10), (torch.bfloat16, 1e-5)):
+        z, z_s = z_t.to(dtype), normal(6, 5).to(dtype).requires_grad_()
+        found, expected = mined_targets(z, vocabulary, gold, matched, 5, tau), torch.stack([
+            slow_mined(*row, 5, tau) for row in zip(z.double(), [vocabulary] * 6, gold, matched)])
+        same((found / tau).softmax(-1).double(), expected, tol)
+        loss, log_q = divergence("kl", z_s, found, tau), (z_s.double() / tau).log_softmax(-1)
+        same(loss.double(), (expected * (expected.clamp(min=1e-99).log() - log_q)).sum(-1), tol)
+        assert gradients(loss.sum(), [z_s])[0].isfinite().all()
+
+
+MATCHES = [bools("100", "000", "010", "001"), bools("00010", "00000"), bools("0", "0", "1", "0", "0")]
+
+
+def slow_baseline(problem, b, method, div="skl", temperature=2.0, skew=0.1, max_logits=None):
+    """The sums over row b's positions."""
+    ce, kd = 0, 0
+    z_s, z_t = dense_logits(problem.h_s[b], problem.W_s), dense_logits(problem.h_t[b], problem.W_t)
+    for i, gold in enumerate(problem.s_tgt[b]):
+        ce = ce - z_s[i].log_softmax(0)[gold]
+        if method == "kd":
+            kd = kd + slow_divergence(div, z_s[[i]], z_t[[i]], temperature, skew)[0]
+        if method == "uld" and i < len(z_t):
+            kd = kd + slow_uld(z_s[i], z_t[i])
+        if method == "mined":
+            z, log_q = z_t[MATCHES[b][i].long().argmax()], (z_s[i] / temperature).log_softmax(0)
+            p = slow_mined(z, MAP, gold, MATCHES[b][i].any(), 5, temperature)
+            kd = kd + sum(p[v] * (p[v].log() - log_q[v]) for v in range(5) if p[v] > 0)
+    return ce, kd
+
+
+@pytest.mark.parametrize("options", [
+    dict(method="kd"), dict(method="kd", div="srkl", skew=0.3, temperature=1.0, max_logits=8),
+    dict(method="uld"), dict(method="uld", max_logits=8),
+    dict(method="mined"), dict(method="mined", temperature=1.0, max_logits=8)], ids=str)
+@every_model
+def test_baseline_losses(model, options):
+    kd, mined = (options["method"] == method for method in ("kd", "mined"))
+    problem = Problem(**model, V_t=5 if kd else 7)
+    problem.h_t = [(3 * normal(n, 3)).requires_grad_() for n in (S_LENGTHS if kd else T_LENGTHS)]
+    leaves, constants = ([*h, *(x.requires_grad_() for x in W if torch.is_tensor(x))] for h, W in (
+        (problem.h_s, problem.W_s), (problem.h_t, problem.W_t)))
+    rows = [slow_baseline(problem, b, **options) for b in range(3)]
+    for batch, garbage, extra in (([0, 1, 2], 0.0, 0), ([0, 1, 2], NAN, 3), ([2, 0], 1e30, 1), ([1], NAN, 1)):
+        take = lambda name, fill: padded([getattr(problem, name)[b] for b in batch], fill, extra)
+        (h_s, s_mask), (h_t, t_mask) = take("h_s", garbage), take("h_t", -garbage)
+        chunks = padded_maps([MATCHES[b] for b in batch], True, extra) if mined else None
+        heads = [W.weight if W.bias is None else W for W in (problem.W_s, problem.W_t)]
+        found = baseline_losses(
+            h_s=h_s, h_t=h_t, s_tgt=take("s_tgt", -100)[0], s_mask=s_mask, t_mask=t_mask, W_s=heads[0],
+            W_t=heads[1], chunks=chunks, vocabulary=MAP, **options)
+        for term, expected in zip(("ce", "kd"), (sum(terms) for terms in zip(*(rows[b] for b in batch)))):
+            same(found[term], expected)
+            same(gradients(found[term], leaves), gradients(expected, leaves))
+            assert all((g == 0).all() for g in gradients(found[term], constants))
+            assert (gradients(found[term], [h_s])[0][~s_mask] == 0).all()
+
+
+def test_baseline_losses_reject_what_they_cannot_pair():
+    h, target, mask = normal(2, 3, 4), torch.zeros(2, 3, dtype=torch.long), bools("111", "110")
+    for method, t_mask in (("rkd", mask), ("kd", mask.flip(0))):
+        with pytest.raises(ValueError, match=f"found {method}, expected kd of equal masks"):
+            baseline_losses(method, h, h, target, mask, t_mask, normal(5, 4), normal(5, 4))
 
 
 # ------------------------------------------------------------------------------ data
