@@ -9,8 +9,8 @@ Models with Vocabulary Mismatch" (Tsiapali, Do, Knill; ICASSP 2026; arXiv:2603.2
     torchrun --nproc_per_node=4 dskd_ga.py --div skl --ga    # the same run on four
 
 Contents: 1 arguments, 2 data, 3 models, 4 divergences, 5 alignment, 6 key-query matching, 7 objective,
-8 training, 9 evaluation, 10 demo, 11 main. Sections 4-7 are the paper, as functions of tensors.
-Not here: key-query matching by conditional transport, eq. (15), and the baselines ULD and MinED.
+8 training, 9 evaluation and report, 10 alignment analysis, 11 demo, 12 main. Sections 4-7 are the paper, as
+functions of tensors; the baselines stand beside the methods that they are compared with.
 
 Departures from the paper (marked "NOT IN PAPER" where they happen)
   1. KD^{t->s} counts only positions where argmax q^{t->s} is the gold token, as in the authors' code;
@@ -18,12 +18,15 @@ Departures from the paper (marked "NOT IN PAPER" where they happen)
   2. KD^{s->t} is forward KL whatever --div is, as in the authors' code; --s2t-div changes it.
   3. N_std is over each sequence's own real positions, so that a loss depends on neither padding nor batch.
   4. Chunks are built on target tokens, which are what the positions predict.
-  5. D is trained, as eq. (14) says (the authors' code leaves it at its random start), at the projectors'
-     learning rate; L_KQ is a mean over the real positions of the optimiser step, and is not divided again.
+  5. D and the critic are trained, as eqs. (14) and (15) say, at the projectors' learning rate; L_KQ is a mean
+     over the real positions of the optimiser step. In the authors' code they keep their random start, and
+     L_KQ is divided by the token count once more: --released-kq.
   6. The rows of a batch are sorted by length before they are cut into micro-batches; an epoch's last,
      incomplete batch is left out.
   7. Prompts get the special tokens that their tokenizer puts in front (none for GPT-2 and Qwen); at
      evaluation, a prompt over the limit keeps its end.
+  8. --normalise-queries gives queries the N_std that eq. (2) gives keys; off by default.
+  9. MinED: a teacher token over two edits from every student token is mapped to none.
 
 Glossary: B sequences, S and T student and teacher response positions, V_s and V_t vocabularies
   paper               code           shape                 equation
@@ -38,9 +41,10 @@ Glossary: B sequences, S and T student and teacher response positions, V_s and V
   W^s, W^t            W_s, W_t       (V_s|V_t, d_s|d_t)    (7): prediction heads
   M^{t->s}            chunks         (B, S, T)             (10), (11)
   D                   Discriminator  2 d_t -> logit        (14)
+  c, phi              Critic         2 d_t -> unit vector  (15): critic and navigator
 """
-import argparse, contextlib, html, itertools, json, math, os, pathlib, random, re, resource, shlex, shutil
-import statistics, string, sys, time, unicodedata
+import argparse, contextlib, hashlib, html, itertools, json, math, os, pathlib, random, re, resource, shlex
+import shutil, statistics, string, sys, time, unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +70,7 @@ DEV_ALIGNED = 48  # development rows of the alignment analysis
 EVALUATION = ("tests", "eval_seeds", "eval_limit", "eval_batch", "max_prompt", "max_new_tokens",
               "no_repeat_ngram")
 NOT_IDENTITY = {"out", "name", "demo", "eval_only", "tests", "eval_seeds", "eval_limit", "no_repeat_ngram",
-                "log_every", "save_every", "align", "report", "baseline"}
+                "log_every", "save_every", "align", "report", "baseline", "cache_teacher"}
 TEACHER_ONLY = {"teacher", "teacher_ready", "teacher_epochs", "teacher_lr", "div", "ga", "ct", "released_kq",
                 "kq_weight", "temperature", "skew", "all_positions", "s2t_div", "normalise_queries",
                 "lr_projectors"}
@@ -85,8 +89,8 @@ def build_parser():
         epilog="A command that was stopped goes on from its last save when it is given again.")
     g = parser.add_argument_group("what to run")
     g.add_argument("--method", choices=METHODS, default="cma",
-                   help="cma: attention, eq. (3); clp, cla: chunks, eqs. (12), (13); sft: no teacher; dskd, kd: "
-                        "one tokenizer, no attention; uld, mined: logits matched by rank, by edit distance")
+                   help="cma: attention, eq. (3); clp, cla: chunks, eqs. (12), (13); sft: no teacher; dskd, "
+                        "kd: one tokenizer, no attention; uld, mined: logits by rank, by edit distance")
     g.add_argument("--ga", action="store_true", help="add the adversary on keys and queries, eq. (14)")
     g.add_argument("--ct", action="store_true", help="add conditional transport between them, eq. (15)")
     g.add_argument("--div", choices=DIVERGENCES, default="skl", help="f of KD^{t->s}; try srkl without --ga")
@@ -103,6 +107,8 @@ def build_parser():
     g.add_argument("--student", default="openai-community/gpt2", help="the model to train")
     g.add_argument("--teacher", default="Qwen/Qwen1.5-1.8B", help="the model to learn from")
     g.add_argument("--teacher-ready", action="store_true", help="do not fine-tune it on --data first")
+    g.add_argument("--cache-teacher", metavar="FOLDER",
+                   help="keep its hidden states there, so that it reads the rows once (Dolly: 3.6 GB)")
     g.add_argument("--teacher-epochs", type=float, default=10, help="length of the teacher's fine-tuning")
     g.add_argument("--teacher-lr", type=float, default=2e-5, help="its learning rate there")
     g = parser.add_argument_group("data: JSON lines of instruction, input, output, or of prompt, output")
@@ -509,8 +515,8 @@ def token_map(s_texts, t_texts):
                 (old[:i] + "\0" + old[i + 1:], missing), (old[:i] + old[i + 1:], missing + 1))}
         return reached
 
-    # n edits apart are two texts that become one by w wildcards in both, x deletions in one and y in the
-    # other, w + x + y = n
+    # NOT IN PAPER: none over two edits (departure 9). Two texts are n edits apart if they become one by w
+    # wildcards in both, x deletions in one and y in the other, w + x + y = n.
     first = [{}, {}, {}]  # first[y][variant]: the first student token that becomes it by y deletions
     for i, text in enumerate(s_texts):
         for variant, y in variants(text, 2):
@@ -804,18 +810,19 @@ class Distiller(nn.Module):
                 self.adversary = (Discriminator if args.ga else Critic)(2 * d_t, dropout=rate)
                 self.adversary.requires_grad_(not args.released_kq)
 
-    def forward(self, s, t, teacher, n_s, n_t):
+    def forward(self, s, t, teacher, n_s, n_t, h_t=None):
         """One micro-batch's share of L_train, eq. (16), and its sums for the log.
 
         s, t: the student's and the teacher's `Side`. teacher: the frozen model, or None, like t, for plain
-        training. n_s, n_t: response tokens of the *whole* optimiser step.
+        training. n_s, n_t: response tokens of the *whole* optimiser step. h_t: from a `TeacherCache`.
         """
         args, W_s, h_s = self.args, head_of(self.student), response_hidden(self.student, s)
         if teacher is None:
             (ce,) = head_losses(cross_entropy_sum, [(h_s[s.mask], W_s)], (s.targets[s.mask],))
             return ce / n_s, dict(ce=ce.detach())
-        with torch.no_grad():
-            h_t = response_hidden(teacher, t)
+        if h_t is None:
+            with torch.no_grad():
+                h_t = response_hidden(teacher, t)
         shared = dict(div=args.div, temperature=args.temperature, skew=args.skew,
                       chunks=chunks_of(s, t) if args.method in ("clp", "cla", "mined") else None)
         if args.method not in DUAL_SPACE:
@@ -837,6 +844,57 @@ class Distiller(nn.Module):
             weight = args.kq_weight / (4 * n_s / args.batch_size if args.released_kq else 1)
             loss = loss + weight * (terms[f"{name}_q"] / n_s + terms[f"{name}_k"] / n_t)    # (14)-(16)
         return loss, {name: term.detach() for name, term in terms.items()}
+
+class TeacherCache:
+    """The teacher's last hidden states at the response positions of all rows, in a folder that processes and
+    later runs share. What it does not hold yet is computed when it is made.
+
+    examples: the teacher's. InputError: the folder is of other weights, rows or dtype.
+    """
+
+    def __init__(self, folder, teacher, examples, pad, batch_size, device):
+        rank, processes = world()
+        folder, self.ends = pathlib.Path(folder), np.cumsum([0] + [len(e.spans) for e in examples])
+        self.dtype, width = teacher.dtype, head_of(teacher).weight.shape[1]
+        weights, rows = hashlib.sha256(), json.dumps([(example.ids, example.start) for example in examples])
+        for name, tensor in teacher.state_dict().items():
+            weights.update(name.encode() + tensor.flatten().cpu().view(torch.uint8).numpy().tobytes())
+        key = dict(weights=weights.hexdigest(), rows=hashlib.sha256(rows.encode()).hexdigest(),
+                   dtype=str(self.dtype))
+        sizes = dict(hidden=int(self.ends[-1]) * width * self.dtype.itemsize, done=len(examples))
+        if rank == 0 and not (folder / "key.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, size in sizes.items():
+                with open(folder / name, "wb") as file:
+                    file.truncate(size)  # zeros; the disk fills as rows come
+            write_json(folder / "key.json", key)
+        if processes > 1:
+            dist.barrier()
+        found = json.loads((folder / "key.json").read_text())
+        other = [name for name in key if found[name] != key[name]]
+        other += [name for name in sizes if (folder / name).stat().st_size != sizes[name]]
+        if other:
+            raise InputError(f"{folder}: found a cache with other {', '.join(other)}, expected this run's")
+        self.hidden, done = (np.memmap(folder / name, np.uint8, "r+") for name in sizes)
+        self.hidden = self.hidden.reshape(-1, width * self.dtype.itemsize)
+        order = sorted(np.flatnonzero(done == 0), key=lambda i: len(examples[i].ids))
+        batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)][rank::processes]
+        for batch in tqdm(batches, desc=f"fill {folder}", disable=None if rank == 0 else True):
+            side = collate([examples[i] for i in batch], pad, device)
+            with torch.no_grad(), autocast(device):
+                h_t = response_hidden(teacher, side).to(self.dtype).cpu()
+            for i, h in zip(batch, h_t):
+                start, end = self.ends[i:i + 2]
+                self.hidden[start:end] = h[:end - start].contiguous().view(torch.uint8).numpy()
+            self.hidden.flush()
+            done[batch] = 1  # only what is on disk counts as done
+        if processes > 1:
+            dist.barrier()
+
+    def __call__(self, rows, device):  # -> (B, T, d_t), right-padded
+        parts = (np.array(self.hidden[self.ends[i]:self.ends[i + 1]]) for i in rows)
+        h_t = nn.utils.rnn.pad_sequence([torch.from_numpy(part).view(self.dtype) for part in parts], True)
+        return (h_t.pin_memory() if device.type == "cuda" else h_t).to(device, non_blocking=True)
 
 def parameter_groups(model, args):
     """AdamW's groups: each trainable parameter is in exactly one; biases and norms are not decayed."""
@@ -912,11 +970,11 @@ def log_lines(steps, seconds):
         line |= dict(grad_norm=norm.item(), tokens_per_s=n_s * len(steps) / seconds, memory_gb=peak)
     return [line for line, _, _ in steps]
 
-def backward_passes(model, teacher, data, pads, micro_batches, step, args, device):
+def backward_passes(model, teacher, data, pads, micro_batches, step, args, device, cache=None):
     """Leaves an optimiser step's gradient in the parameters; returns numbers and device sums for the log.
 
     data: lists of `Example`s, the student's and (with a teacher) the teacher's. pads: their padding ids.
-    micro_batches: lists of row indices, of which this process takes its share.
+    micro_batches: lists of row indices, of which this process takes its share. cache: `TeacherCache`.
     """
     rank, processes = world()
     counts = [sum(len(side[i].spans) for rows in micro_batches for i in rows) for side in data]
@@ -930,7 +988,8 @@ def backward_passes(model, teacher, data, pads, micro_batches, step, args, devic
         wait = processes > 1 and m + processes < len(micro_batches)
         with model.no_sync() if wait else contextlib.nullcontext():
             with autocast(device):
-                loss, terms = model(s, t, teacher, counts[0], counts[-1])
+                h_t = cache(micro_batches[m], device) if cache else None
+                loss, terms = model(s, t, teacher, counts[0], counts[-1], h_t)
             (loss * processes).backward()  # DistributedDataParallel takes the mean; the counts are global
         for name, value in (terms | dict(loss=loss.detach() * counts[0])).items():
             sums[name] = sums.get(name, 0) + value
@@ -985,7 +1044,9 @@ def train(args, folder, device, teacher_source=None):
     if rank == 0:  # the lines of steps that will be done again go
         kept = [line for line in open(log_path) if json.loads(line)["step"] <= done] if done else []
         write_atomically(log_path, lambda file: file.write("".join(kept).encode()))
-    parallel = model
+    parallel, cache = model, None
+    if teacher and args.cache_teacher:
+        cache = TeacherCache(args.cache_teacher, teacher, data[1], pads[1], args.micro_batch, device)
     if processes > 1:
         parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     dev_pairs = None
@@ -1021,7 +1082,7 @@ def train(args, folder, device, teacher_source=None):
     pending, since = [], time.perf_counter()
     for step, micro_batches in enumerate(bar, done + 1):
         model.train()
-        line, sums = backward_passes(parallel, teacher, data, pads, micro_batches, step, args, device)
+        line, sums = backward_passes(parallel, teacher, data, pads, micro_batches, step, args, device, cache)
         norm, lr = nn.utils.clip_grad_norm_(model.parameters(), args.clip), schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -1177,22 +1238,20 @@ def averages(by_set):
             for name, part in (("OOD", columns[1:]), ("All", columns)) if part}
 
 def bootstrap(group, base, replicates=1000):
-    """95 % intervals, by test set, OOD and All, of the mean ROUGE-L of a group of training runs less that of
-    the base group. Each replicate draws test rows, the same for both (paired), and training runs of each."""
-    rng, difference = np.random.default_rng(0), {}
+    """95 % interval of how much higher a group of training runs scores than the base group, in ROUGE-L over
+    all test sets. Each replicate draws test rows, the same for both (paired), and runs of each group."""
+    rng, gaps = np.random.default_rng(0), []
     picks = [rng.integers(len(runs), size=(len(runs), replicates)) for runs in (group, base)]
     for name, rows in base[0]["rows"].items():
         shares = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), replicates).T / len(rows)
-        a, b = (np.take_along_axis(np.array([run["rows"][name] for run in runs]) @ shares, pick, 0).mean(0)
-                for runs, pick in zip((group, base), picks))
-        difference[name] = a - b
-    difference |= averages(difference)
-    return {name: np.quantile(values, (0.025, 0.975)) for name, values in difference.items()}
+        scores = (np.array([run["rows"][name] for run in runs]) @ shares for runs in (group, base))
+        gaps.append(np.subtract(*(np.take_along_axis(*pair, 0).mean(0) for pair in zip(scores, picks))))
+    return np.quantile(np.mean(gaps, 0), (0.025, 0.975))
 
 def report(results, baseline=None):
-    """Table 1's form in Markdown, and one of alignment numbers, from the contents of eval.json files; runs
-    that differ only in their training seed share a row. InputError: no run has the baseline's name, or they
-    were tested on different rows."""
+    """Table 1's form in Markdown from the contents of eval.json files. Runs that differ only in their
+    training seed share a line; the paper's scores and the alignment numbers of checkpoints stand beside them.
+    InputError: no run has the baseline's name, or the runs were tested on different rows."""
     names, runs, sizes = list(results[0]["rougeL"]), {}, set()
     for result in results:
         runs.setdefault(result["run"], []).append(result)
@@ -1206,26 +1265,26 @@ def report(results, baseline=None):
         return (f"{values.mean():.2f}" + (f" ± {values.mean(1).std(ddof=1):.2f}" if len(values) > 1 else "")
                 + (f" ({values.var(1, ddof=1).mean() ** 0.5:.2f})" if values.shape[1] > 1 else ""))
 
-    lines = [["ROUGE-L", "seeds", *names], ["---"] * (len(names) + 2)]
+    numbers = ("mass", "mass_once", "mass_repeated", "top", "mmd", "probe")
+    numbers = numbers * any(result["alignment"] for result in results)
+    lines = [["ROUGE-L", "seeds", *names, *[f"All less {baseline}"] * bool(baseline), *numbers]]
+    lines.append(["---"] * len(lines[0]))
     for run, group in runs.items():
-        means = {name: [result["rougeL"][name] for result in group] for name in names}
-        lines.append([run, str(len(group)), *map(cell, means.values())])
-        if baseline and run != baseline:
-            gaps = bootstrap(group, runs[baseline])
-            less = {name: np.mean([result["rougeL"][name] for result in runs[baseline]]) for name in names}
-            lines.append([f"less {baseline}", "", *(f"{np.mean(means[n]) - less[n]:+.2f} [{gaps[n][0]:+.2f}, "
-                                                    f"{gaps[n][1]:+.2f}]" for n in names)])
+        scores = {name: [result["rougeL"][name] for result in group] for name in names}
+        line = [run, str(len(group)), *map(cell, scores.values())]
         paper = PAPER.get(run) or (PAPER.get(run.partition("-")[0]) if "cma" not in run else None)
         if paper and names[:-2] == [item.partition("=")[0] for item in TEST_SETS]:
             paper = {name: [value] for name, value in zip(names, paper)}
-            lines.append(["in the paper", "1", *(f"{v[0]:.2f}" for v in (paper | averages(paper)).values())])
-    aligned = {run: group for run, group in runs.items() if all(result["alignment"] for result in group)}
-    if aligned:
-        numbers = ("mass", "mass_once", "mass_repeated", "top", "entropy", "mmd", "probe", "norm_q", "norm_k")
-        lines += [[], ["alignment", "seeds", *numbers], ["---"] * (len(numbers) + 2)]
-        lines += [[run, str(len(group)), *(cell([[result["alignment"].get(n, math.nan)] for result in group])
-                                           for n in numbers)] for run, group in aligned.items()]
-    return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines) + (
+            for n, (value,) in enumerate((paper | averages(paper)).values(), 2):
+                line[n] += f", paper {value:.2f}"
+        if baseline:
+            gap = np.mean(scores["All"]) - np.mean([result["rougeL"]["All"] for result in runs[baseline]])
+            low, high = bootstrap(group, runs[baseline])
+            line.append("" if run == baseline else f"{gap:+.2f} [{low:+.2f}, {high:+.2f}]")
+        found = [result["alignment"] or {} for result in group]
+        line += [cell([[x[n]] for x in found]) if all(n in x for x in found) else "" for n in numbers]
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (
         "\n\nMean over training and sampling seeds ± standard deviation over training seeds (over sampling "
         "seeds, within a run)" + ("; [95 % interval of the difference]." if baseline else "."))
 
@@ -1314,7 +1373,7 @@ def write_alignment(args, checkpoints, path, device):
     rows = read_rows(fetch(f"{args.data}/raw.jsonl"), min(args.dev_rows, DEV_ALIGNED))
     columns, figures = {}, {}
     if not checkpoints or not all((checkpoint / "alignment.pt").exists() for checkpoint in checkpoints):
-        raise InputError(f"--align: found no alignment.pt in {' or '.join(map(str, checkpoints)) or 'any run'}, "
+        raise InputError(f"--align: found no alignment.pt in {', '.join(map(str, checkpoints)) or 'a run'}; "
                          "expected checkpoints of cma, clp or cla")
     for checkpoint in checkpoints:
         saved = torch.load(checkpoint / "alignment.pt", map_location=device, weights_only=True)

@@ -54,15 +54,18 @@ case $job in
         row --eval-only $out/teacher-tuned/best --name teacher
         {
             for seed in ${SEEDS:-10 20 30 40 50}; do
-                for flags in "--method sft" "--method kd" "--method dskd" "--method uld" "--method mined" "--method clp" \
-                    "--method cla" "--ct"; do
-                    echo "$flags --seed $seed"
+                echo "--method sft --seed $seed"
+                for flags in "--method kd" "--method dskd"; do
+                    echo "$flags --seed $seed --cache-teacher $out/hidden-same"
+                done
+                for flags in "--method uld" "--method mined" "--method clp" "--method cla" "--ct"; do
+                    echo "$flags --seed $seed --cache-teacher $out/hidden"
                 done
             done
             for div in skl kl srkl rkl jsd akl; do
                 for seed in ${SEEDS:-10 20 30 40 50}; do
                     for flags in "" "--ga" "--normalise-queries" "--ga --normalise-queries" "--ga --released-kq"; do
-                        echo "--div $div $flags --seed $seed"
+                        echo "--div $div $flags --seed $seed --cache-teacher $out/hidden"
                     done
                 done
             done

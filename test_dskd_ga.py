@@ -12,6 +12,7 @@ import pathlib
 import random
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -1024,23 +1025,30 @@ def flags(case, out, **settings):
 def run(case, out, processes=1, **settings):
     """The script on one process here, or on several by torchrun; returns the folder of its run."""
     arguments = flags(case, out, **settings)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     if processes == 1:
         dskd_ga.main(arguments)
     else:
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={processes}",
-                dskd_ga.__file__,
-                *arguments,
-            ],
-            check=True,
-            env=os.environ | dict(OMP_NUM_THREADS="1"),
-        )
+        subprocess.run([*launch, dskd_ga.__file__, *arguments], check=True,
+                       env=os.environ | dict(OMP_NUM_THREADS="1"))
     return next(path.parent for path in out.glob("*/eval.json"))
+
+
+def run_on_two_processes(commands):
+    """The command lines one after the other in the same two processes, each with a meeting point of its own."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    code = ("import json, os, sys, dskd_ga\n"
+            "for n, command in enumerate(json.loads(sys.argv[1])):\n"
+            "    os.environ['MASTER_PORT'] = str(int(sys.argv[2]) + n)\n"
+            "    dskd_ga.main(command)")
+    here = str(pathlib.Path(dskd_ga.__file__).parent)
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(commands), str(port)], env=os.environ | dict(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", OMP_NUM_THREADS="1",
+            PYTHONPATH=here)) for rank in range(2)]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
 
 
 def log(folder):
@@ -1157,6 +1165,36 @@ def test_the_teacher_is_fine_tuned_once(case, tmp_path):
     assert (tmp_path / "teacher-tuned" / "best" / "model.safetensors").stat() == tuned
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_cached_teacher_gives_the_same_losses(case, reference_run, tmp_path, processes, monkeypatch):
+    settings = dict(ga=True, teacher_ready=True, cache_teacher=tmp_path / "cache")
+
+    def check(folder):
+        found = log(folder)
+        for a, b in zip(found, log(reference_run), strict=True):
+            assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+        return found
+
+    found = check(run(case, tmp_path / "first", processes, **settings))
+    done, hidden = ((tmp_path / "cache" / name).read_bytes() for name in ("done", "hidden"))
+    assert set(done) == {1} and len(done) == found[0]["rows"]
+    if processes == 1:  # half-written: rows that are not marked as done are computed, the others are trusted
+        (tmp_path / "cache" / "done").write_bytes(done[:3000] + bytes(len(done) - 3000))
+        lost = len(hidden) // 5  # of rows after the 3000th of 4092
+        (tmp_path / "cache" / "hidden").write_bytes(hidden[:-lost] + bytes(lost))
+        read, response_hidden = [], dskd_ga.response_hidden
+        monkeypatch.setattr(dskd_ga, "response_hidden", lambda model, side: read.append(
+            len(side.ids) if "Qwen" in type(model).__name__ else 0) or response_hidden(model, side))
+        check(run(case, tmp_path / "second", **settings))
+        assert sum(read) == len(done) - 3000
+        mended = (tmp_path / "cache" / "hidden").read_bytes()
+        same(*(torch.frombuffer(bytearray(x), dtype=torch.float32) for x in (mended, hidden)), 1e-5)
+        with pytest.raises(dskd_ga.InputError, match="cache with other rows"):
+            run(case, tmp_path / "third", **settings | dict(dev_rows=9))
+        with pytest.raises(dskd_ga.InputError, match="cache with other weights, rows"):
+            run(case, tmp_path / "fourth", **settings | dict(teacher=case / "teacher-same"))
+
+
 def test_every_parameter_is_in_one_group_and_moves(case):
     args = dskd_ga.parse(flags(case, "unused", ga=True))
     names, cpu = ("student", "teacher"), torch.device("cpu")
@@ -1190,24 +1228,41 @@ METHODS = [  # with what a run's name says besides
     (dict(ga=True, normalise_queries=True), "cma-ga-nq-skl"), (dict(ga=True, released_kq=True), "cma-ga-released-skl")]
 
 
-@pytest.mark.parametrize("settings, name", METHODS, ids=str)
-def test_every_method_trains_and_the_number_of_processes_changes_nothing(case, tmp_path, settings, name):
+@pytest.fixture(scope="session")
+def method_runs(case, tmp_path_factory):
+    """Folders by number of processes and run name."""
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path_factory.mktemp(f"methods-{processes}")
+        commands = [flags(case, out, **method_settings(case, settings)) for settings, _ in METHODS]
+        for command in commands if processes == 1 else ():
+            dskd_ga.main(command)
+        if processes == 2:
+            run_on_two_processes(commands)
+        found[processes] = {name: out / f"{name}-10" for _, name in METHODS}
+    return found
+
+
+def method_settings(case, settings):
     teacher = "teacher-same" if settings.get("method") in ("kd", "dskd") else "teacher"
-    settings |= dict(teacher=case / teacher, teacher_ready=True, eval_limit=2, eval_seeds=[1])
-    folders = [run(case, tmp_path / str(n), n, **settings) for n in (1, 2)]
+    return settings | dict(teacher=case / teacher, teacher_ready=True, eval_limit=2, eval_seeds=[1])
+
+
+@pytest.mark.parametrize("settings, name", METHODS, ids=str)
+def test_every_method_trains_and_the_number_of_processes_changes_nothing(case, method_runs, settings, name):
+    folders = [method_runs[processes][name] for processes in (1, 2)]
     one, two = ([line for line in log(folder) if "loss" in line] for folder in folders)
-    assert len(one) == 5 and one[-1]["ce"] < one[0]["ce"] and folders[0].name == f"{name}-10"
+    assert len(one) == 5 and one[-1]["ce"] < one[0]["ce"]
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
-    first = torch.load(folders[0] / "state.pt", weights_only=True)["model"]
-    assert "ct" not in settings or one[0]["ct_q"] + one[0]["ct_k"] == pytest.approx(
-        one[0]["loss"] - 0.5 * sum(one[0][term] for term in TERMS), rel=1e-4)
-    if "released_kq" in settings:
-        disc = {n.removeprefix("adversary."): w for n, w in first.items() if n.startswith("adversary.")}
-        start = fresh_distiller(case, settings).adversary.state_dict()
-        assert all(torch.equal(disc[n], w) for n, w in start.items())  # at its random start
-        kq = one[0]["loss"] - 0.5 * sum(one[0][term] for term in TERMS)
+    kq = one[0]["loss"] - 0.5 * sum(one[0].get(term, 0) for term in (*TERMS, "kd"))
+    if "ct" in settings:
+        assert kq == pytest.approx(one[0]["ct_q"] + one[0]["ct_k"], rel=1e-4)
+    if "released_kq" in settings:  # over the tokens of four of the step's eight rows
         assert kq == pytest.approx((one[0]["ga_q"] + one[0]["ga_k"]) * 8 / (4 * one[0]["tokens"]), rel=1e-2)
+        state = torch.load(folders[0] / "state.pt", weights_only=True)["model"]
+        for key, start in fresh_distiller(case, method_settings(case, settings)).adversary.state_dict().items():
+            assert torch.equal(state[f"adversary.{key}"], start)
 
 
 def fresh_distiller(case, settings):
@@ -1335,10 +1390,16 @@ def test_a_report_keeps_training_and_sampling_seeds_apart():
                fake_result("b", 1, dict(seen=[4, 4], longer=[2, 4]), rows, alignment=dict(mass=0.25, top=0.5))]
     lines = dskd_ga.report(results).splitlines()
     # a on `seen`: runs of mean 2 and 6, each with a sampling deviation of sqrt(2)
-    assert "| a | 2 | 4.00 ± 2.83 (1.41) | 6.50 ± 0.71 (1.00) | 6.50 ± 0.71 (1.00) | 5.25 ± 1.77 (1.12) |" in lines
-    assert "| b | 1 | 4.00 (0.00) | 3.00 (1.41) | 3.00 (1.41) | 3.50 (0.71) |" in lines
-    assert "| b | 1 | 0.25 | nan | nan | 0.50 | nan | nan | nan | nan | nan |" in lines  # a has no such numbers
+    assert lines[2].startswith(
+        "| a | 2 | 4.00 ± 2.83 (1.41) | 6.50 ± 0.71 (1.00) | 6.50 ± 0.71 (1.00) | 5.25 ± 1.77 (1.12) |")
+    assert lines[3].startswith("| b | 1 | 4.00 (0.00) | 3.00 (1.41) | 3.00 (1.41) | 3.50 (0.71) |")
     assert not any("less" in line or "paper" in line for line in lines)
+    lines = dskd_ga.report(results, "b").splitlines()
+    assert lines[0] == ("| ROUGE-L | seeds | seen | longer | OOD | All | All less b | mass | mass_once | mass_repeated "
+                        "| top | mmd | probe |")
+    assert lines[3].endswith("| 3.50 (0.71) |  | 0.25 |  |  | 0.50 |  |  |")
+    low, high = dskd_ga.bootstrap(results[:2], results[2:])
+    assert lines[2].endswith(f"| 5.25 ± 1.77 (1.12) | +1.75 [{low:+.2f}, {high:+.2f}] |  |  |  |  |  |  |")
     with pytest.raises(dskd_ga.InputError, match="baseline c; expected .* among a, b"):
         dskd_ga.report(results, "c")
     with pytest.raises(dskd_ga.InputError, match="'longer': 2"):
@@ -1349,9 +1410,10 @@ def test_a_report_puts_the_paper_beside_its_rows():
     names = [item.partition("=")[0] for item in dskd_ga.TEST_SETS]
     run = lambda name: fake_result(name, 10, {n: [1.0] for n in names}, {n: [1.0] for n in names})
     lines = dskd_ga.report([run(name) for name in ("sft", "clp-srkl", "cma-skl", "cma-ga-kl")]).splitlines()
-    assert [line.split(" | ")[0].strip("| ") for line in lines[2:9]] == [
-        "sft", "in the paper", "clp-srkl", "in the paper", "cma-skl", "cma-ga-kl", "in the paper"]
-    assert lines[3] == "| in the paper | 1 | 22.83 | 9.49 | 14.66 | 13.55 | 16.06 | 13.44 | 15.32 |"
+    assert lines[2] == ("| sft | 1 | 1.00, paper 22.83 | 1.00, paper 9.49 | 1.00, paper 14.66 | 1.00, paper 13.55 | "
+                        "1.00, paper 16.06 | 1.00, paper 13.44 | 1.00, paper 15.32 |")
+    assert [("paper" in line) for line in lines[2:6]] == [True, True, False, True]
+    assert "24.52" in lines[3] and "24.92" in lines[5]  # the paper names no f for clp
 
 
 def test_bootstrap_intervals():
@@ -1359,13 +1421,16 @@ def test_bootstrap_intervals():
     rows = [rng.gauss(40, 20) for _ in range(400)]
     shift = lambda run, by, noise=0: fake_result(run, 1, dict(s=[0]), dict(s=[r + by + noise * rng.gauss(0, 1) for r in rows]))
     # paired: what both share cancels, so a shift of every row is certain
-    assert dskd_ga.bootstrap([shift("a", 2)], [shift("b", 0)])["s"] == pytest.approx([2, 2])
+    assert dskd_ga.bootstrap([shift("a", 2)], [shift("b", 0)]) == pytest.approx([2, 2])
     # over rows: of independent noise the interval is that of a mean
-    low, high = dskd_ga.bootstrap([shift("a", 0, 5)], [shift("b", 0, 5)])["s"]
+    low, high = dskd_ga.bootstrap([shift("a", 0, 5)], [shift("b", 0, 5)])
     assert high - low == pytest.approx(2 * 1.96 * 5 * math.sqrt(2 / 400), rel=0.15)
     # over runs: means of two draws out of two runs 6 apart are 0, 3 or 6 off
-    low, high = dskd_ga.bootstrap([shift("a", 0), shift("a", 6)], [shift("b", 1)])["s"]
+    low, high = dskd_ga.bootstrap([shift("a", 0), shift("a", 6)], [shift("b", 1)])
     assert (low, high) == pytest.approx((-1, 5))
+    # over test sets: the mean of both
+    two = lambda run, *by: fake_result(run, 1, dict(s=[0], t=[0]), dict(s=[by[0]] * 9, t=[by[1]] * 2))
+    assert dskd_ga.bootstrap([two("a", 1, 5)], [two("b", 1, 1)]) == pytest.approx([2, 2])
 
 
 # ------------------------------------------------------------------------------ alignment analysis
