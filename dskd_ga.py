@@ -1272,7 +1272,7 @@ def report(results, baseline=None):
     for run, group in runs.items():
         scores = {name: [result["rougeL"][name] for result in group] for name in names}
         line = [run, str(len(group)), *map(cell, scores.values())]
-        paper = PAPER.get(run) or (PAPER.get(run.partition("-")[0]) if "cma" not in run else None)
+        paper = PAPER.get(re.sub("^(dskd|clp|cla)-[a-z]+$", r"\1", run))
         if paper and names[:-2] == [item.partition("=")[0] for item in TEST_SETS]:
             paper = {name: [value] for name, value in zip(names, paper)}
             for n, (value,) in enumerate((paper | averages(paper)).values(), 2):

@@ -43,7 +43,8 @@ case $job in
         row --div kl
         row --div kl --ga
         row --eval-only runs/Qwen1.5-1.8B-tuned/best --name teacher
-        $python dskd_ga.py --report $(dirname runs/*/eval.json) --baseline cma-kl ;;
+        $python dskd_ga.py --baseline cma-kl --report runs/{untrained,teacher-gpt2-xl,dskd-skl-10,teacher,sft-10,mined-10,uld-10} \
+            runs/{cma-srkl-10,clp-skl-10,cla-skl-10,cma-ga-skl-10,cma-ct-kl-10,cma-kl-10,cma-ga-kl-10} ;;
     study)
         out=runs/study
         row() { $python dskd_ga.py --demo --out $out "$@"; }
