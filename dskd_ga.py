@@ -56,7 +56,7 @@ import transformers
 from huggingface_hub import hf_hub_download
 from rouge_score import rouge_scorer
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 # 1. Arguments: the defaults are the paper's setting =========================================================
 TEST_SETS = ["Dolly=MiniLLM/dolly/valid.jsonl", "SelfInst=MiniLLM/self-inst/valid.jsonl",
@@ -67,10 +67,11 @@ DUAL_SPACE = (*ALIGNED, "dskd")
 METHODS = (*DUAL_SPACE, "sft", "kd", "uld", "mined")
 DEV_ALIGNED = 48  # development rows of the alignment analysis
 # What an evaluation depends on; what may differ when a run is taken up again; what fine-tuning does not heed.
-EVALUATION = ("tests", "eval_seeds", "eval_limit", "eval_batch", "max_prompt", "max_new_tokens",
+EVALUATION = ("tests", "eval_seeds", "eval_limit", "max_prompt", "max_new_tokens",
               "no_repeat_ngram")
 NOT_IDENTITY = {"out", "name", "demo", "eval_only", "tests", "eval_seeds", "eval_limit", "no_repeat_ngram",
-                "log_every", "save_every", "align", "report", "baseline", "cache_teacher"}
+                "log_every", "save_every", "align", "report", "baseline", "cache_teacher",
+                "eval_tokens"}
 TEACHER_ONLY = {"teacher", "teacher_ready", "teacher_epochs", "teacher_lr", "div", "ga", "ct", "released_kq",
                 "kq_weight", "temperature", "skew", "all_positions", "s2t_div", "normalise_queries",
                 "lr_projectors"}
@@ -144,7 +145,7 @@ def build_parser():
                    help="local files or ORG/DATASET/FILE of the hub; OOD is the mean of all but the first")
     g.add_argument("--eval-seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50], help="a sampling each")
     g.add_argument("--eval-limit", type=int, help="first rows of each test set only, for a quick look")
-    g.add_argument("--eval-batch", type=int, default=64, help="prompts at a time; the samples depend on it")
+    g.add_argument("--eval-tokens", type=int, default=2 ** 15, help="at a time; fewer if memory is short")
     g.add_argument("--max-new-tokens", type=int, default=256, help="longest response")
     g.add_argument("--no-repeat-ngram", type=int, default=6, help="tests repeat no n-gram; 0 lets them")
     return parser
@@ -1057,8 +1058,8 @@ def train(args, folder, device, teacher_source=None):
         """Logs dev loss and ROUGE-L; keeps the student if it is the best so far."""
         nonlocal best
         model.eval()
-        texts = generate(student, tokenizers[0], [row.prompt for row in dev_rows], args.seed, args)
-        scores = rouge_l(texts, [row.references for row in dev_rows])
+        _, scores = generate(student, tokenizers[0], dev_rows, args.seed, args)
+        scores = {name: statistics.fmean(values) for name, values in scores.items()}
         loss = dev_loss(model, [example for example in dev if example.spans], device, args.micro_batch)
         alignment = None
         if dev_pairs:
@@ -1126,34 +1127,65 @@ def dev_loss(model, examples, device, batch_size):
 
 # 9. Evaluation ==============================================================================================
 @torch.no_grad()
-def generate(model, tokenizer, prompts, seed, args, no_repeat_ngram=0):
-    """A response to each prompt, sampled at temperature 1; the same for any number of processes."""
+def sample(model, prompts, uniforms, end, no_repeat_ngram=0):
+    """Token ids that follow each prompt (a list of ids) up to the end token, without it, or to the limit.
+
+    uniforms: (rows, limit) in [0, 1); number t of a row picks its token t from the cumulated probabilities.
+    no_repeat_ngram: no n-gram of that size comes twice in prompt and response; 0: no such rule.
+    """
+    size, device, texts = no_repeat_ngram, model.device, [list(prompt) for prompt in prompts]
+    gaps = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[end] * gap + prompt for gap, prompt in zip(gaps, prompts)], device=device)
+    mask = torch.tensor([[0] * gap + [1] * len(prompt) for gap, prompt in zip(gaps, prompts)], device=device)
+    cache, alive = DynamicCache(config=model.config), list(range(len(prompts)))
+    for t in range(uniforms.shape[1]):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        with autocast(device):
+            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions,
+                                         past_key_values=cache, use_cache=True).last_hidden_state
+            logits = head_of(model)(hidden[:, -1])
+        for row, i in enumerate(alive if size else ()):
+            text, places = texts[i], range(len(texts[i]) - size + 1)
+            tail = text[len(text) - size + 1:]
+            logits[row, [text[k + size - 1] for k in places if text[k:k + size - 1] == tail]] = -math.inf
+        below = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+        target = torch.from_numpy(uniforms[alive, t]).to(device) * below[:, -1]
+        tokens = torch.searchsorted(below, target[:, None], right=True)[:, 0].tolist()
+        going = [row for row, token in enumerate(tokens) if token != end]
+        if not going:
+            break
+        if len(going) < len(alive):  # rows that have ended cost nothing more
+            kept = torch.tensor(going, device=device)
+            cache.batch_select_indices(kept)
+            mask, alive, tokens = mask[kept], [alive[row] for row in going], [tokens[row] for row in going]
+        for i, token in zip(alive, tokens):
+            texts[i].append(token)
+        ids, mask = torch.tensor(tokens, device=device)[:, None], F.pad(mask, (0, 1), value=1)
+    return [text[len(prompt):] for text, prompt in zip(texts, prompts)]
+
+def generate(model, tokenizer, rows, seed, args, no_repeat_ngram=0):
+    """A response to each `Row`, sampled at temperature 1, and the `row_scores`. What a row gets depends on
+    seed and place in the list, neither on its batch (but for rounding) nor on the number of processes."""
     rank, processes = world()
     lead, end = leading_tokens(tokenizer), tokenizer.eos_token_id
-    encoded = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = tokenizer([row.prompt for row in rows], add_special_tokens=False, verbose=False)["input_ids"]
     # NOT IN PAPER: a prompt over the limit keeps its end, where the cue for the response is (departure 7)
     encoded = [lead + ids[max(0, len(ids) + len(lead) - args.max_prompt):] for ids in encoded]
-    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
-    batches = [order[i:i + args.eval_batch] for i in range(0, len(order), args.eval_batch)]
-    config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, eos_token_id=end, pad_token_id=end,
-        max_new_tokens=args.max_new_tokens, no_repeat_ngram_size=no_repeat_ngram)
-    texts = []
-    for b in range(rank, len(batches), processes):
-        width = len(encoded[batches[b][0]])
-        gaps = [width - len(encoded[i]) for i in batches[b]]
-        ids = torch.tensor([[end] * gap + encoded[i] for gap, i in zip(gaps, batches[b])])
-        mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
-        seed_torch(seed, b)
-        with autocast(model.device):
-            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-                                 generation_config=config)
-        texts += zip(batches[b], tokenizer.batch_decode(out[:, width:], skip_special_tokens=True))
+    order, batches, shares = sorted(range(len(rows)), key=lambda i: -len(encoded[i])), [], [None] * processes
+    while order:  # as many rows as fit the budget of tokens
+        count = max(1, args.eval_tokens // (len(encoded[order[0]]) + args.max_new_tokens))
+        batches.append(order[:count])
+        order = order[count:]
+    mine = []
+    for batch in batches[rank::processes]:
+        uniforms = np.stack([np.random.default_rng((seed, i)).random(args.max_new_tokens) for i in batch])
+        ids = sample(model, [encoded[i] for i in batch], uniforms, end, no_repeat_ngram)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        mine += zip(batch, texts, *row_scores(texts, [rows[i].references for i in batch]).values())
     if processes > 1:
-        shares = [None] * processes
-        dist.all_gather_object(shares, texts)
-        texts = itertools.chain(*shares)
-    return [text for _, text in sorted(texts)]
+        dist.all_gather_object(shares, mine)
+    _, texts, rouge, exact = zip(*sorted(itertools.chain(*shares) if processes > 1 else mine))
+    return list(texts), dict(rougeL=list(rouge), exact_match=list(exact))
 
 def row_scores(predictions, references):
     """The values in percent of each row that `rouge_l` takes the means of."""
@@ -1203,9 +1235,7 @@ def evaluate(args, source, folder, device):
         result["alignment"] = torch.load(alignment, map_location="cpu", weights_only=True)["numbers"]
     jobs = [(name, seed) for name in sets for seed in args.eval_seeds]
     for name, seed in tqdm(jobs, desc=f"evaluate {folder.name}", disable=None if rank == 0 else True):
-        prompts, references = zip(*sets[name])
-        texts = generate(model, tokenizer, list(prompts), seed, args, args.no_repeat_ngram)
-        scores = row_scores(texts, references)
+        texts, scores = generate(model, tokenizer, sets[name], seed, args, args.no_repeat_ngram)
         rows.setdefault(name, []).append(scores["rougeL"])
         for metric, values in scores.items():
             result[metric].setdefault(name, []).append(statistics.fmean(values))
@@ -1455,7 +1485,7 @@ def demo_settings(args):
         data=str(data), student=str(data / "student"),
         tests=[f"{name}={data / name}.jsonl" for name in ("seen", "longer")],
         teacher=str(data / ("teacher-same" if args.method in SAME_TOKENIZER else "teacher")), dev_rows=100,
-        eval_seeds=[10, 20, 30], max_new_tokens=40, no_repeat_ngram=0, eval_batch=200, log_every=25,
+        eval_seeds=[10, 20, 30], max_new_tokens=40, no_repeat_ngram=0, log_every=25,
         micro_batch=16, teacher_epochs=8, teacher_lr=2e-3, epochs=4, lr=2e-3, lr_projectors=2e-3)
 
 # 12. Main ===================================================================================================

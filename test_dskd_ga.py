@@ -1007,7 +1007,7 @@ def flags(case, out, **settings):
         micro_batch=4,
         tests=[f"seen={case}/seen.jsonl", f"longer={case}/longer.jsonl"],
         eval_limit=12,
-        eval_batch=4,
+        eval_tokens=300,
         eval_seeds=[1, 2],
         max_new_tokens=6,
         epochs=0.01,
@@ -1122,8 +1122,9 @@ def test_a_run_writes_what_a_user_needs(case, reference_run):
     for name in ("seen", "longer"):
         rows = [json.loads(line) for line in open(reference_run / "predictions" / f"{name}-1.jsonl")]
         prompts, references, texts = zip(*(row.values() for row in rows))
-        assert list(zip(prompts, references)) == dskd_ga.read_rows(case / f"{name}.jsonl", 12)
-        assert list(texts) == dskd_ga.generate(model, tokenizer, list(prompts), 1, args, 6)
+        tested = dskd_ga.read_rows(case / f"{name}.jsonl", 12)
+        assert list(zip(prompts, references)) == tested
+        assert list(texts) == dskd_ga.generate(model, tokenizer, tested, 1, args, 6)[0]
         assert rouge_l(texts, references)["rougeL"] == scores[name][0]
 
 
@@ -1340,27 +1341,52 @@ def test_rouge_l_by_hand():
         rouge_l(["a"], [["a"], ["b"]])
 
 
-def test_generation_pads_on_the_left_and_keeps_the_end_of_long_prompts(case):
+class PickedByNumbers(transformers.LogitsProcessor):
+    """For transformers' own generate: leaves each row the token that its number picks."""
+
+    def __init__(self, uniforms):
+        self.uniforms, self.step = uniforms, 0
+
+    def __call__(self, ids, scores):
+        below = scores.double().softmax(-1).cumsum(-1)
+        numbers = torch.from_numpy(self.uniforms[:, self.step]) * below[:, -1]
+        self.step += 1
+        picked = torch.stack([(row > number).nonzero()[0, 0] for row, number in zip(below, numbers)])
+        return torch.full_like(scores, -INF).scatter(1, picked[:, None], 0.0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 6])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma3", "neox"])
+def test_samples_are_those_of_transformers_generate(family, size):
+    model, rng = make_model(FAMILIES[family]()), random.Random(size)
+    prompts = [rng.choices(range(1, 60), k=n) for n in (1, 9, 4, 20, 4)]
+    uniforms = dskd_ga.np.random.default_rng(0).random((5, 30))
+    longest = dskd_ga.sample(model, prompts, uniforms, 59, size)
+    for end in (59, longest[1][4]):  # the second ends some rows early
+        config = transformers.GenerationConfig(
+            do_sample=False, eos_token_id=end, pad_token_id=0, max_new_tokens=30, no_repeat_ngram_size=size)
+        expected, found = [], dskd_ga.sample(model, prompts, uniforms, end, size)
+        for prompt, numbers in zip(prompts, uniforms):  # one at a time, so there is no padding
+            out = model.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
+                                 generation_config=config, logits_processor=[PickedByNumbers(numbers[None])])
+            text = out[0, len(prompt):].tolist()
+            expected.append(text[:text.index(end)] if end in text else text)
+        assert found == expected
+    assert len(found[1]) <= 4 and max(map(len, found)) > 4
+
+
+def test_a_sample_depends_on_seed_and_row_alone(case):
     tokenizer = dskd_ga.load_tokenizer(str(case / "student"))
     model = dskd_ga.load_model(str(case / "student"), tokenizer, torch.device("cpu"))
-    seen, sample = [], model.generate
-    model.generate = lambda **inputs: seen.append(inputs) or sample(**inputs)
-    prompts = ["Task: Count on from 7", "a", "Task: What is 12 plus 30? " * 9]
-    args = argparse.Namespace(max_prompt=20, eval_batch=2, max_new_tokens=4)
-    texts = dskd_ga.generate(model, tokenizer, prompts, 1, args)
-    assert (
-        texts
-        == dskd_ga.generate(model, tokenizer, prompts, 1, args)
-        != dskd_ga.generate(model, tokenizer, prompts, 2, args)
-    )
-    whole = [tokenizer.encode(prompt)[-20:] for prompt in prompts]
-    read = [
-        row[mask.bool()].tolist()
-        for call in seen[:2]
-        for row, mask in zip(call["input_ids"], call["attention_mask"])
-    ]
-    assert read == sorted(whole, key=len, reverse=True)
-    assert all((call["attention_mask"].diff() >= 0).all() for call in seen)
+    rows = [dskd_ga.Row(prompt, ["a"]) for prompt in ("Task: Count on from 7", "a", "Task: What is 12 plus 30? " * 9)]
+    limits = dict(max_prompt=20, max_new_tokens=8)
+    texts = {(tokens, seed): dskd_ga.generate(model, tokenizer, rows, seed, argparse.Namespace(
+        eval_tokens=tokens, **limits)) for tokens in (1, 60, 999) for seed in (1, 2)}
+    assert texts[1, 1] == texts[60, 1] == texts[999, 1] and texts[1, 2] == texts[999, 2] != texts[1, 1]
+    assert texts[1, 1][1] == dskd_ga.row_scores(texts[1, 1][0], [row.references for row in rows])
+    end_only = dskd_ga.Row(tokenizer.decode(tokenizer.encode(rows[2].prompt)[-20:]), ["a"])
+    one = dskd_ga.generate(model, tokenizer, [rows[0], rows[1], end_only], 1, argparse.Namespace(eval_tokens=999, **limits))
+    assert one == texts[1, 1]  # of a long prompt the end counts
 
 
 def test_averages_and_the_papers_rows():
