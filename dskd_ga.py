@@ -168,6 +168,7 @@ class Side(NamedTuple):
     ids: torch.Tensor      # (B, L) what the trunk reads
     pos: torch.Tensor      # (B, n) where in it the response positions are
     mask: torch.Tensor     # (B, n) bool, True on real positions
+    real: torch.Tensor     # (N,) where in the flattened mask it is True
     inputs: torch.Tensor   # (B, n) the token read there
     targets: torch.Tensor  # (B, n) the token predicted there, one of the response's
     chunk: torch.Tensor    # (B, n) the number of that token's chunk; negative: none
@@ -248,6 +249,8 @@ def training_data(rows, tokenizers, max_prompt, max_length, method="cma"):
     keep = [i for i in range(len(rows))
             if sides[0][i].start <= max_prompt and all(side[i].spans for side in sides)]
     sides = [[side[i] for i in keep] for side in sides]
+    if method in SAME_TOKENIZER and [e.ids for e in sides[0]] != [e.ids for e in sides[-1]]:
+        raise InputError(f"--method {method}: found different tokens of one text, expected one tokenizer")
     texts = [token_texts(tokenizer) for tokenizer in tokenizers if method == "mined"]
     for i in range(len(keep) if len(sides) == 2 else 0):
         if method == "mined":
@@ -276,7 +279,8 @@ def collate(examples, pad, device):
     index = torch.arange(int(counts.max()))[None]
     mask = index < counts
     pos = (starts - 1 + index) * mask
-    side = Side(ids[:, :-1], pos, mask, ids.gather(1, pos), ids.gather(1, pos + 1), chunk)
+    side = Side(ids[:, :-1], pos, mask, real_positions(mask), ids.gather(1, pos), ids.gather(1, pos + 1),
+                chunk)
     if device.type == "cuda":
         side = Side(*(x.pin_memory().to(device, non_blocking=True) for x in side))
     return side
@@ -395,6 +399,10 @@ def divergence(name, student_logits, teacher_logits, temperature=2.0, skew=0.1, 
 def zero_padding(x, mask):
     """x (B, n, d) with whatever lies under padding, nan included, replaced by 0."""
     return x.masked_fill(~mask[..., None], 0)
+
+def real_positions(mask):
+    """(N,) where in the flattened mask (B, n) it is True. To know N, a CUDA device must be waited for."""
+    return mask.flatten().nonzero()[:, 0]
 
 def std_normalise(x, mask):
     """N_std of eqs. (2) and (5): x (B, n, d) over its standard deviation across each sequence's own features
@@ -553,10 +561,12 @@ def ga_terms(disc, q, k, s_mask, t_mask):
     probability of "a query"), `accuracy_q`, `accuracy_k` (how many vectors D names rightly)."""
     # One backward pass for max_D and min_{P_Q}: D descends its cross-entropy; the queries pass through the
     # identity 2 sg(q) - q, whose gradient is -1, so that P_Q ascends it. The keys are constants.
-    z_q, z_k = (full_precision(disc(x)) for x in ((2 * q.detach() - q)[s_mask], k.detach()[t_mask]))
-    return dict(ga_q=F.softplus(-z_q).sum(), ga_k=F.softplus(z_k).sum(),  # -log D(q), -log(1 - D(k))
-                d_q=z_q.detach().sigmoid().sum(), d_k=z_k.detach().sigmoid().sum(),
-                accuracy_q=(z_q > 0).sum(), accuracy_k=(z_k <= 0).sum())
+    q, k = zero_padding(q, s_mask), zero_padding(k.detach(), t_mask)
+    z_q, z_k = full_precision(disc(2 * q.detach() - q)), full_precision(disc(k))
+    terms_q = dict(ga_q=F.softplus(-z_q), d_q=z_q.detach().sigmoid(), accuracy_q=z_q > 0)   # -log D(q)
+    terms_k = dict(ga_k=F.softplus(z_k), d_k=z_k.detach().sigmoid(), accuracy_k=z_k <= 0)   # -log(1 - D(k))
+    return {name: (term * mask).sum() for terms, mask in ((terms_q, s_mask), (terms_k, t_mask))
+            for name, term in terms.items()}
 
 def ga_loss(disc, q, k, s_mask, t_mask):
     """L_KQ, eq. (14), as cross-entropy: D(q) -> 1, D(k) -> 0, each a mean over its side's real positions.
@@ -606,37 +616,52 @@ def ct_loss(critic, q, k, s_mask, t_mask):
 
 # 7. Objective: the dual-space loss, and the baselines' ======================================================
 class HeadLosses(torch.autograd.Function):
-    """Behind `head_losses`: forms each sum's gradient in the sum's own slice, while the logits are there, so
-    that no product with a head is computed twice; the backward pass only weighs these gradients."""
+    """Behind `head_losses`: forms the gradient of the sums' total slice by slice in the forward pass, while
+    the logits are there, so that no product with a head is computed twice. The backward pass scales it if all
+    sums have the same weight in the loss, as in eq. (9), and repeats the slices with the weights if not."""
 
     @staticmethod
     def forward(ctx, fn, step, softcaps, rows, *tensors):  # tensors: h_1, weight_1, bias_1, h_2, ...
-        ctx.count, ctx.grads = len(tensors), {}  # grads[i, n]: gradient of sum i with respect to tensor n
-        wanted = [n for n, need in enumerate(ctx.needs_input_grad[4:]) if need]
+        wanted, kind = [n for n, need in enumerate(ctx.needs_input_grad[4:]) if need], tensors[0].device.type
+        ctx.call = fn, step, softcaps, rows, wanted
+        ctx.autocast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        ctx.save_for_backward(*tensors)
+        sums, ctx.grads, ctx.trained = HeadLosses.slices(*ctx.call, tensors)
+        return sums
+
+    @staticmethod
+    def slices(fn, step, softcaps, rows, wanted, tensors, weights=None):
+        """The sums, the gradient of their weighted total by number of tensor, which of them have one."""
         tensors = [t if t is None else t.detach().requires_grad_(n in wanted) for n, t in enumerate(tensors)]
         sides = [(tensors[3 * j], Head(*tensors[3 * j + 1:3 * j + 3], c)) for j, c in enumerate(softcaps)]
+        sums, grads, trained = [], {}, []
 
         def one_slice(part):  # a function, so that a slice's logits are gone before the next one's come
             with torch.enable_grad():
                 losses = fn(*(head(h[part]) for h, head in sides), *(row[part] for row in rows))
-            for i, loss in enumerate(losses):
-                if loss.requires_grad:
-                    for n, grad in zip(wanted, torch.autograd.grad(
-                            loss, [tensors[n] for n in wanted], retain_graph=True, allow_unused=True)):
-                        if grad is not None:
-                            ctx.grads[i, n] = ctx.grads[i, n].add_(grad) if (i, n) in ctx.grads else grad
-            return [loss.detach() for loss in losses]
+                trained[:] = [i for i, loss in enumerate(losses) if loss.requires_grad]
+                total = sum(losses[i] * (weights[i] if weights else 1) for i in trained)
+            sums.append([loss.detach() for loss in losses])
+            leaves = [tensors[n] for n in wanted] if trained else []
+            found = torch.autograd.grad(total, leaves, allow_unused=True) if leaves else ()
+            for n, grad in zip(wanted, found):
+                if grad is not None:
+                    grads[n] = grads[n].add_(grad) if n in grads else grad
 
-        slices = [one_slice(slice(start, start + step)) for start in range(0, max(len(tensors[0]), 1), step)]
-        return tuple(sum(parts) for parts in zip(*slices))
+        for start in range(0, max(len(tensors[0]), 1), step):
+            one_slice(slice(start, start + step))
+        return tuple(map(sum, zip(*sums))), grads, trained
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
-        result = [None] * ctx.count
-        for (i, n), grad in ctx.grads.items():
-            result[n] = upstream[i] * grad if result[n] is None else result[n] + upstream[i] * grad
-        return (None, None, None, None, *result)
+        grads, scale = ctx.grads, upstream[ctx.trained[0]]
+        if any(upstream[i].data_ptr() != scale.data_ptr() for i in ctx.trained):
+            with torch.autocast(scale.device.type, *ctx.autocast):
+                _, grads, _ = HeadLosses.slices(*ctx.call, ctx.saved_tensors, upstream)
+            scale = 1
+        return (None,) * 4 + tuple(grads[n] * scale if n in grads else None
+                                   for n in range(len(ctx.saved_tensors)))
 
 def head_losses(fn, sides, rows=(), max_logits=2 ** 23):
     """Sums over N positions of losses of logits, with the logits of only a slice of the positions at a time.
@@ -670,7 +695,7 @@ def keys_and_queries(proj, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, E_s, E_t, n
 
 def dual_space_losses(proj, h_s, h_t, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, E_s, E_t, W_s, W_t, *,
                       align="cma", chunks=None, div="skl", temperature=2.0, skew=0.1, correct_only=True,
-                      s2t_div="kl", normalise_queries=False, max_logits=2 ** 23):
+                      s2t_div="kl", normalise_queries=False, real=None, max_logits=2 ** 23):
     """Every term of eqs. (1)-(9), as sums over positions.
 
     Args:
@@ -685,6 +710,7 @@ def dual_space_losses(proj, h_s, h_t, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, 
         div, temperature, skew: f, see `divergence`.  s2t_div: f of KD^{s->t}.
         correct_only: KD^{t->s} counts only positions where argmax q^{t->s} is the gold token.
         normalise_queries: N_std(Q) in place of Q.
+        real: `real_positions` of s_mask and t_mask, if known: then no CUDA device is waited for.
         max_logits: see `head_losses`.
     Returns:
         dict of sums `ce`, `ce_t2s`, `kd_t2s`, `kd_s2t`; `q` (B, S, 2 d_t), `k` (B, T, 2 d_t), `a_t2s`,
@@ -693,8 +719,9 @@ def dual_space_losses(proj, h_s, h_t, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, 
     """
     if align not in ("cma", "clp", "cla", "dskd") or align in ("clp", "cla") and chunks is None:
         raise ValueError(f"dual_space_losses: found align={align!r}, chunks={chunks}; clp, cla need chunks")
-    if align == "dskd" and not torch.equal(s_mask, t_mask):
-        raise ValueError("dual_space_losses: found different masks, expected one tokenization for dskd")
+    s_real, t_real = real or (real_positions(s_mask), real_positions(t_mask))
+    if align == "dskd" and (s_mask.shape, len(s_real)) != (t_mask.shape, len(t_real)):
+        raise ValueError("dual_space_losses: found different lengths, expected one tokenization for dskd")
     W_s, W_t = (W if isinstance(W, Head) else Head(W) for W in (W_s, W_t))
     h_s, h_t = zero_padding(h_s, s_mask), zero_padding(h_t.detach(), t_mask)
     s_tgt = s_tgt.masked_fill(~s_mask, 0)
@@ -717,12 +744,12 @@ def dual_space_losses(proj, h_s, h_t, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, 
         # NOT IN PAPER: forward KL by default (departure 2)
         return ((divergence(s2t_div, z_s2t, z_t, temperature, skew) * aligned).sum(),)
 
-    rows_s = s_tgt[s_mask], (a_t2s > 0).any(-1)[s_mask]  # aligned: not without a chunk
-    rows_t = ((a_s2t > 0).any(-1)[t_mask],)
-    ce, ce_t2s, kd_t2s, n_correct = head_losses(
-        student_space, [(h_s[s_mask], W_s), (h_t2s[s_mask], W_s.detach())], rows_s, max_logits)
+    h_s, h_t2s, s_tgt, s_aligned = (x.flatten(0, 1)[s_real] for x in (h_s, h_t2s, s_tgt, (a_t2s > 0).any(-1)))
+    h_t, h_s2t, t_aligned = (x.flatten(0, 1)[t_real] for x in (h_t, h_s2t, (a_s2t > 0).any(-1)))
+    ce, ce_t2s, kd_t2s, n_correct = head_losses(  # aligned: not without a chunk
+        student_space, [(h_s, W_s), (h_t2s, W_s.detach())], (s_tgt, s_aligned), max_logits)
     (kd_s2t,) = head_losses(
-        teacher_space, [(h_s2t[t_mask], W_t.detach()), (h_t[t_mask], W_t.detach())], rows_t, max_logits)
+        teacher_space, [(h_s2t, W_t.detach()), (h_t, W_t.detach())], (t_aligned,), max_logits)
     return dict(ce=ce, ce_t2s=ce_t2s, kd_t2s=kd_t2s, kd_s2t=kd_s2t, q=q, k=k, a_t2s=a_t2s, a_s2t=a_s2t,
                 n_s=s_mask.sum(), n_t=t_mask.sum(), n_correct=n_correct)
 
@@ -744,11 +771,11 @@ def mined_targets(teacher_logits, vocabulary, gold, matched, size, temperature=2
     p = (full_precision(teacher_logits) / temperature).softmax(-1) * (vocabulary >= 0)
     carried = p.new_zeros(len(p), size).index_add_(1, vocabulary.clamp(min=0), p)
     mass = carried.sum(-1, keepdim=True)
-    one_hot = F.one_hot(gold, size).to(p.dtype)
+    one_hot = torch.zeros_like(carried).scatter_(1, gold[:, None], 1)
     return temperature * torch.where(matched[:, None] & (mass > 0), carried, one_hot).log()
 
 def baseline_losses(method, h_s, h_t, s_tgt, s_mask, t_mask, W_s, W_t, *, chunks=None, vocabulary=None,
-                    div="skl", temperature=2.0, skew=0.1, max_logits=2 ** 23):
+                    div="skl", temperature=2.0, skew=0.1, real=None, max_logits=2 ** 23):
     """Sums `ce` and `kd` over positions, for losses on the teacher's own logits.
 
     method: kd, f of both models' distributions over one vocabulary | uld, `uld_loss`, both position by
@@ -756,8 +783,10 @@ def baseline_losses(method, h_s, h_t, s_tgt, s_mask, t_mask, W_s, W_t, *, chunks
     `token_map` (V_t,). Other arguments as of `dual_space_losses`. ValueError: unknown method, kd of sequences
     that differ in length.
     """
-    if method not in ("kd", "uld", "mined") or method == "kd" and not torch.equal(s_mask, t_mask):
-        raise ValueError(f"baseline_losses: found {method}, expected kd of equal masks, uld or mined")
+    s_real, t_real = real or (real_positions(s_mask), real_positions(t_mask))
+    same = (s_mask.shape, len(s_real)) == (t_mask.shape, len(t_real))
+    if method not in ("kd", "uld", "mined") or method == "kd" and not same:
+        raise ValueError(f"baseline_losses: found {method}, expected kd of equal lengths, uld or mined")
     W_s, W_t = (W if isinstance(W, Head) else Head(W) for W in (W_s, W_t))
     h_t = zero_padding(h_t.detach(), t_mask)
     if method == "mined":
@@ -777,8 +806,8 @@ def baseline_losses(method, h_s, h_t, s_tgt, s_mask, t_mask, W_s, W_t, *, chunks
             kd = divergence("kl", z_s, z_t, temperature)
         return *cross_entropy_sum(z_s, target), kd.sum()
 
-    sides = [(h_s[s_mask], W_s), (h_t[s_mask], W_t.detach())]
-    ce, kd = head_losses(student_space, sides, (s_tgt[s_mask], matched[s_mask]), max_logits)
+    h_s, h_t, s_tgt, matched = (x.flatten(0, 1)[s_real] for x in (h_s, h_t, s_tgt, matched))
+    ce, kd = head_losses(student_space, [(h_s, W_s), (h_t, W_t.detach())], (s_tgt, matched), max_logits)
     return dict(ce=ce, kd=kd)
 
 # 8. Training ================================================================================================
@@ -819,12 +848,13 @@ class Distiller(nn.Module):
         """
         args, W_s, h_s = self.args, head_of(self.student), response_hidden(self.student, s)
         if teacher is None:
-            (ce,) = head_losses(cross_entropy_sum, [(h_s[s.mask], W_s)], (s.targets[s.mask],))
+            h_s, targets = (x.flatten(0, 1)[s.real] for x in (h_s, s.targets))
+            (ce,) = head_losses(cross_entropy_sum, [(h_s, W_s)], (targets,))
             return ce / n_s, dict(ce=ce.detach())
         if h_t is None:
             with torch.no_grad():
                 h_t = response_hidden(teacher, t)
-        shared = dict(div=args.div, temperature=args.temperature, skew=args.skew,
+        shared = dict(div=args.div, temperature=args.temperature, skew=args.skew, real=(s.real, t.real),
                       chunks=chunks_of(s, t) if args.method in ("clp", "cla", "mined") else None)
         if args.method not in DUAL_SPACE:
             terms = baseline_losses(args.method, h_s, h_t, s.targets, s.mask, t.mask, W_s, head_of(teacher),
