@@ -43,8 +43,8 @@ Glossary: B sequences, S and T student and teacher response positions, V_s and V
   D                   Discriminator  2 d_t -> logit        (14)
   c, phi              Critic         2 d_t -> unit vector  (15): critic and navigator
 """
-import argparse, contextlib, hashlib, html, itertools, json, math, os, pathlib, random, re, resource, shlex
-import shutil, statistics, string, sys, time, unicodedata
+import argparse, contextlib, hashlib, html, itertools, json, math, os, pathlib, pickle, random, re, resource
+import shlex, shutil, statistics, string, sys, time, unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +71,7 @@ EVALUATION = ("tests", "eval_seeds", "eval_limit", "max_prompt", "max_new_tokens
               "no_repeat_ngram")
 NOT_IDENTITY = {"out", "name", "demo", "eval_only", "tests", "eval_seeds", "eval_limit", "no_repeat_ngram",
                 "log_every", "save_every", "align", "report", "baseline", "cache_teacher",
-                "eval_tokens"}
+                "eval_tokens", "fresh"}
 TEACHER_ONLY = {"teacher", "teacher_ready", "teacher_epochs", "teacher_lr", "div", "ga", "ct", "released_kq",
                 "kq_weight", "temperature", "skew", "all_positions", "s2t_div", "normalise_queries",
                 "lr_projectors"}
@@ -103,6 +103,7 @@ def build_parser():
     g.add_argument("--report", metavar="RUN", nargs="+", help="print the table of finished runs' folders")
     g.add_argument("--baseline", metavar="NAME", help="with --report: differences to the runs of that name")
     g.add_argument("--out", metavar="FOLDER", default="runs", help="where runs go; they share a teacher")
+    g.add_argument("--fresh", action="store_true", help="start over; the old run's folder gets another name")
     g.add_argument("--name", help="the run's folder in it; made of method, div and seed if not given")
     g = parser.add_argument_group("models: folders or hub ids of causal language models")
     g.add_argument("--student", default="openai-community/gpt2", help="the model to train")
@@ -192,23 +193,26 @@ def read_rows(path, limit=None):
     line."""
     def check(ok, field, found, expected):
         if not ok:
-            raise InputError(f"{path}, line {number}, {field}: found {found!r}, expected {expected}")
+            raise InputError(f"{path}, line {number}, {field}: found {repr(found)[:80]}, expected {expected}")
+
+    def is_text(value):  # half a surrogate pair is no character, and no tokenizer takes it
+        return isinstance(value, str) and value and not re.search("[\ud800-\udfff]", value)
 
     rows, number = [], 1
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(itertools.islice(file, limit), 1):
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: found {error}, expected a JSON object") from None
             check(isinstance(row, dict), "JSON", row, "an object")
             field = "prompt" if "prompt" in row else "instruction"
             text, context, output = row.get(field), row.get("input", ""), row.get("output")
-            check(isinstance(text, str) and text, field, text, "a text that is not empty")
-            check(isinstance(context, str), "input", context, "a text")
+            check(is_text(text), field, text, "a text of whole characters that is not empty")
+            check(context == "" or is_text(context), "input", context, "a text of whole characters")
             references = output if isinstance(output, list) else [output]
-            check(references and all(isinstance(item, str) for item in references), "output", output,
-                  "a text or a list of texts")
+            check(references and all(map(is_text, references)), "output", output,
+                  "a text of whole characters that is not empty, or a list of such")
             rows.append(Row(text if field == "prompt" else alpaca_prompt(text, context), references))
     check(rows, "row", None, "at least one")
     return rows
@@ -314,9 +318,17 @@ def response_hidden(model, side):
     hidden = model.get_decoder()(input_ids=side.ids, use_cache=False).last_hidden_state
     return hidden.gather(1, side.pos[..., None].expand(-1, -1, hidden.shape[-1]))
 
+def load(kind, source, **options):
+    """`kind.from_pretrained(source)`. InputError names the source if that fails; no code of it is run."""
+    try:
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{source}: found {reason[:300]}, expected what {kind.__name__} loads") from None
+
 def load_tokenizer(source):
     """A fast tokenizer with an end-of-text token; InputError for any other."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load(AutoTokenizer, source)
     if not tokenizer.is_fast:
         raise InputError(f"{source}: found a tokenizer without character offsets, expected a fast one")
     if tokenizer.eos_token_id is None:
@@ -326,15 +338,19 @@ def load_tokenizer(source):
 @torch.no_grad()
 def load_model(source, tokenizer, device, dtype=None, dropout=None):
     """A causal language model in evaluation mode, in dtype (default: bf16 on CUDA, float32 on the CPU), with
-    every dropout rate set (default: its own). InputError if it has fewer embeddings than the tokenizer has
-    tokens, or if its own logits are not what its trunk and its `Head` give."""
+    every dropout rate set (default: its own). InputError if weights are missing, if it has fewer embeddings
+    than the tokenizer has tokens, or if its own logits are not what its trunk and its `Head` give."""
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    config = AutoConfig.from_pretrained(source)
+    config = load(AutoConfig, source)
     for key, value in config.to_dict().items():
         if dropout is not None and "drop" in key and isinstance(value, float):
             setattr(config, key, dropout)
-    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype).to(device).eval()
-    size = len(model.get_input_embeddings().weight)
+    model, info = load(AutoModelForCausalLM, source, config=config, dtype=dtype, use_safetensors=True,
+                       output_loading_info=True)
+    model, size = model.to(device).eval(), len(model.get_input_embeddings().weight)
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if missing or model.get_output_embeddings() is None:
+        raise InputError(f"{source}: found no {missing or 'head'}, expected a whole causal language model")
     if size < len(tokenizer):
         raise InputError(f"{source}: found {size} embeddings, expected {len(tokenizer)}, one a token")
     ids = torch.arange(3, device=device)[None]
@@ -961,7 +977,13 @@ def save_model(model, tokenizer, folder, alignment=None):
     fresh.rename(folder)
 
 def open_run(folder, args):
-    """What the folder's args.json holds, which is made if need be. InputError: it has other settings."""
+    """What the folder's args.json holds, which is made if need be. InputError: it has other settings.
+    With --fresh, a folder that is there gets another name first."""
+    if args.fresh and folder.exists() and world()[0] == 0:
+        number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.{number}"))
+    if args.fresh and dist.is_initialized():
+        dist.barrier()
     path, skip = folder / "args.json", NOT_IDENTITY | (TEACHER_ONLY if args.method == "sft" else set())
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in skip}
     if path.exists():
@@ -970,7 +992,8 @@ def open_run(folder, args):
         differing = "; ".join(f"{name} was {old.get(name)}, is {value}" for name, value in settings.items()
                               if old.get(name) != value)
         if differing:
-            raise InputError(f"{path}: found a run with other settings ({differing}), expected the same")
+            raise InputError(f"{path}: found a run with other settings ({differing}), expected the same; "
+                             "--fresh starts over")
         return run
     run = dict(command=shlex.join(sys.argv), settings=settings, processes=world()[1], finished=False,
                torch=torch.__version__, transformers=transformers.__version__, python=sys.version)
@@ -1068,12 +1091,18 @@ def train(args, folder, device, teacher_source=None):
     parts = dict(model=model, optimizer=optimizer, schedule=schedule)
     done, best, state_path, log_path = 0, -1.0, folder / "state.pt", folder / "log.jsonl"
     if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        done, best = state["step"], state["best"]
-    if rank == 0:  # the lines of steps that will be done again go
-        kept = [line for line in open(log_path) if json.loads(line)["step"] <= done] if done else []
+        try:
+            state = torch.load(state_path, map_location=device, weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            done, best = state["step"], state["best"]
+        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{state_path}: found a damaged file ({reason}), expected what a run has saved; "
+                             "--fresh starts over") from None
+    if rank == 0:  # the lines of steps that will be done again go, and one that was not written to its end
+        lines = [line for line in open(log_path) if line.endswith("\n")] if done else []
+        kept = [line for line in lines if json.loads(line)["step"] <= done]
         write_atomically(log_path, lambda file: file.write("".join(kept).encode()))
     parallel, cache = model, None
     if teacher and args.cache_teacher:
@@ -1551,7 +1580,7 @@ def check_pair(args):
     """InputError if the method cannot work on the pair: kd, dskd want one tokenizer, kd heads of one size."""
     sources = args.student, args.teacher
     tokenizers = [load_tokenizer(source) for source in sources]
-    sizes = [AutoConfig.from_pretrained(source).get_text_config().vocab_size for source in sources]
+    sizes = [load(AutoConfig, source).get_text_config().vocab_size for source in sources]
     rows = read_rows(fetch(f"{args.data}/raw.jsonl"), 100)
     same = tokenizers[0].get_vocab() == tokenizers[1].get_vocab() and [
         e.ids for e in encode(tokenizers[0], rows, args.max_length)] == [
@@ -1572,7 +1601,7 @@ def experiment(args, device):
         teacher = args.teacher
         if not args.teacher_ready:  # one teacher for all runs, whatever their seed
             tuning = dict(method="sft", student=teacher, epochs=args.teacher_epochs, lr=args.teacher_lr,
-                          seed=10)
+                          seed=10, fresh=False)
             teacher = str(train(argparse.Namespace(**vars(args) | tuning),
                                 out / f"{pathlib.Path(teacher).name}-tuned", device))
     source = source or str(train(args, folder, device, teacher))

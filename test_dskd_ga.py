@@ -12,12 +12,14 @@ import pathlib
 import random
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import xml.etree.ElementTree
 
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -770,6 +772,14 @@ def test_rows_take_their_prompt_or_the_template(tmp_path):
     "line, named",
     [
         ('{"prompt": "P", "output": "a"', "line 2"),
+        (b'{"prompt": "P", "output": "\xff"}', "line 2"),
+        ("[" * 100000, "line 2"),
+        ("", "line 2"),
+        ('{"prompt": "P\\ud800", "output": "a"}', "line 2, prompt"),
+        ('{"instruction": "I", "input": "\\udc00", "output": "a"}', "line 2, input"),
+        ('{"prompt": "P", "output": "\\ud83d"}', "line 2, output"),
+        ('{"prompt": "P", "output": ""}', "line 2, output"),
+        ('{"prompt": "P", "output": ["a", ""]}', "line 2, output"),
         ("[1]", "line 2, JSON"),
         ('{"output": "a"}', "line 2, instruction"),
         ('{"prompt": "", "output": "a"}', "line 2, prompt"),
@@ -781,9 +791,20 @@ def test_rows_take_their_prompt_or_the_template(tmp_path):
     ],
 )
 def test_a_bad_row_is_named(tmp_path, line, named):
-    path = write_lines(tmp_path / "rows.jsonl", '{"prompt": "P", "output": "a"}', line)
-    with pytest.raises(dskd_ga.InputError, match=f"{path}, {named}"):
+    path, line = tmp_path / "rows.jsonl", line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"prompt": "P", "output": "a"}\n' + line + b"\n")
+    with pytest.raises(dskd_ga.InputError, match=f"{path}, {named}") as caught:
         dskd_ga.read_rows(path)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def test_rows_with_odd_bytes_are_read_as_they_are(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    texts = ["😀\0\u200f\u05d0", "x" * 2 ** 20, "\u2028 \r\n"]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(
+        dict(prompt=text, output=text), ensure_ascii=i % 2 == 0).encode() for i, text in enumerate(texts)))
+    assert dskd_ga.read_rows(path) == [(text, [text]) for text in texts]
+    assert dskd_ga.read_rows(path)[0].references[0].encode()  # "\\ud83d\\ude00" in JSON is one character
 
 
 def test_data_files_come_from_disk_or_from_the_hub(tmp_path, monkeypatch):
@@ -984,6 +1005,17 @@ def test_models_that_would_be_wrong_are_refused(case, tmp_path):
     small.save_pretrained(tmp_path / "small")
     with pytest.raises(dskd_ga.InputError, match=f"found 60 embeddings, expected {len(tokenizer)}"):
         dskd_ga.load_model(str(tmp_path / "small"), tokenizer, cpu)
+    weights = safetensors.torch.load_file(case / "teacher" / "model.safetensors")
+    whole = shutil.copytree(case / "teacher", tmp_path / "lacking")
+    safetensors.torch.save_file({name: w for name, w in weights.items() if "layers.1.mlp" not in name},
+                                whole / "model.safetensors", dict(format="pt"))
+    with pytest.raises(dskd_ga.InputError, match="lacking: found no .*layers.1.mlp"):
+        dskd_ga.load_model(str(whole), tokenizer, cpu)
+    (whole / "model.safetensors").unlink()
+    torch.save(weights, whole / "pytorch_model.bin")  # a pickle of strangers is not read
+    for source in (str(whole), str(tmp_path), "no-such-folder"):
+        with pytest.raises(dskd_ga.InputError, match=f"{source}: found .*, expected what AutoModelForCausalLM|{source}: found .* AutoConfig"):
+            dskd_ga.load_model(source, tokenizer, cpu)
     scaled = make_model(transformers.CohereConfig(**SMALL | dict(vocab_size=len(tokenizer)), logit_scale=0.5))
     scaled.save_pretrained(tmp_path / "scaled")
     with pytest.raises(dskd_ga.InputError, match="logits .* away from those of trunk and head"):
@@ -1159,6 +1191,31 @@ def test_a_stopped_run_goes_on_to_the_same_weights(case, tmp_path, monkeypatch):
     assert log(whole) == log(resumed)
     with pytest.raises(dskd_ga.InputError, match="lr was 0.0005, is 0.001"):
         run(case, tmp_path / "stopped", **settings | dict(lr=1e-3))
+
+
+def test_fresh_starts_over_and_keeps_the_old_run(case, tmp_path):
+    short = dict(method="sft", eval_limit=2, eval_seeds=[1])
+    run(case, tmp_path, **short)
+    dskd_ga.main(flags(case, tmp_path, fresh=True, lr=1e-3, **short))
+    dskd_ga.main(flags(case, tmp_path, fresh=True, **short))
+    losses = [[line["loss"] for line in log(tmp_path / name) if "loss" in line] for name in ("sft-10.1", "sft-10.2", "sft-10")]
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_a_damaged_state_is_named_and_a_broken_log_line_dropped(case, tmp_path):
+    settings = dict(method="sft", eval_limit=2, eval_seeds=[1])
+    folder = run(case, tmp_path, **settings)
+    whole, args, state = log(folder), json.loads((folder / "args.json").read_text()), folder / "state.pt"
+    (folder / "args.json").write_text(json.dumps(args | dict(finished=False)))
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # the process was killed while it wrote
+    dskd_ga.main(flags(case, tmp_path, **settings))
+    assert log(folder) == whole
+    (folder / "args.json").write_text(json.dumps(args | dict(finished=False)))
+    for damaged in (state.read_bytes()[:-500], b"no state", b""):
+        state.write_bytes(damaged)
+        with pytest.raises(dskd_ga.InputError, match="state.pt: found a damaged file .* --fresh"):
+            dskd_ga.main(flags(case, tmp_path, **settings))
 
 
 def test_the_teacher_is_fine_tuned_once(case, tmp_path):
