@@ -44,7 +44,7 @@ Glossary: B sequences, S and T student and teacher response positions, V_s and V
   c, phi              Critic         2 d_t -> unit vector  (15): critic and navigator
 """
 import argparse, contextlib, hashlib, html, itertools, json, math, os, pathlib, pickle, random, re, resource
-import shlex, shutil, statistics, string, sys, time, unicodedata
+import shlex, shutil, signal, statistics, string, sys, time, unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -248,7 +248,7 @@ def token_texts(tokenizer):
 
 def training_data(rows, tokenizers, max_prompt, max_length, method="cma"):
     """A list of `Example`s for each tokenizer, the student's first, without the rows whose prompt is over the
-    limit (in the student's tokens) or leaves no room for a response; and how many rows that were."""
+    limit (in the student's tokens) or leaves no room for a response; and which rows were kept."""
     sides = [encode(tokenizer, rows, max_length) for tokenizer in tokenizers]
     keep = [i for i in range(len(rows))
             if sides[0][i].start <= max_prompt and all(side[i].spans for side in sides)]
@@ -264,7 +264,7 @@ def training_data(rows, tokenizers, max_prompt, max_length, method="cma"):
             numbers = chunk_numbers(*(side[i].spans for side in sides))
         for side, chunk in zip(sides, numbers):
             side[i] = side[i]._replace(chunk=chunk.tolist())
-    return sides, len(rows) - len(keep)
+    return sides, keep
 
 def plan_epoch(lengths, batch_size, micro_batch, seed, epoch):
     """The epoch's optimiser steps, each a list of micro-batches of row indices; fixed by seed and epoch."""
@@ -1008,6 +1008,31 @@ def append_log(path, lines):
         with open(path, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
+class Stopped(Exception):
+    """Training ended on a signal, whose number is `args[0]`, after a step that is saved."""
+
+@contextlib.contextmanager
+def signals_collected():
+    """The SIGTERMs and SIGINTs that come meanwhile; they do nothing else."""
+    caught, numbers = [], (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, frame: caught.append(number)) for number in numbers]
+    try:
+        yield caught
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+def check_same_weights(model):
+    """RuntimeError if the processes hold different weights."""
+    sums = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
+    low, high = sums.clone(), sums.clone()
+    if dist.is_initialized():
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+    other = [name for (name, _), same in zip(model.named_parameters(), (low == high).tolist()) if not same]
+    if other:
+        raise RuntimeError(f"found different weights {', '.join(other[:5])} in processes, expected the same")
+
 def log_lines(steps, seconds):
     """The log's lines from each step's (line, this process's sums on the device, gradient norm). Sums are
     added over processes and divided once, by student tokens (where the name ends in _k, by teacher
@@ -1053,7 +1078,8 @@ def train(args, folder, device, teacher_source=None):
     """Trains args.student with the teacher (None: plain fine-tuning); returns its best checkpoint's path.
 
     Writes args.json, log.jsonl, best/ and state.pt into the folder, and goes on from state.pt if it is there.
-    InputError: sizes that do not divide, too few rows. FloatingPointError: a term is not finite.
+    InputError: sizes that do not divide, too few rows, a damaged state. FloatingPointError: a term is not
+    finite. Stopped: by SIGTERM or SIGINT.
     """
     rank, processes = world()
     if args.batch_size % (args.micro_batch * processes):
@@ -1066,7 +1092,7 @@ def train(args, folder, device, teacher_source=None):
     rows = read_rows(fetch(f"{args.data}/raw.jsonl"))
     dev_rows, dev = rows[:args.dev_rows], encode(tokenizers[0], rows[:args.dev_rows], args.max_length)
     limits = args.max_prompt, args.max_length, args.method
-    data, dropped = training_data(rows[args.dev_rows:], tokenizers, *limits)
+    data, kept_rows = training_data(rows[args.dev_rows:], tokenizers, *limits)
     if len(data[0]) < args.batch_size:
         raise InputError(f"{args.data}/raw.jsonl: found {len(data[0])} training rows within the limits, "
                          f"expected at least {args.batch_size}, --batch-size")
@@ -1133,38 +1159,58 @@ def train(args, folder, device, teacher_source=None):
         best = max(best, scores["rougeL"])
 
     if done == 0:
-        append_log(log_path, [dict(step=0, steps=total_steps, rows=len(data[0]), dropped=dropped)])
+        dropped = len(rows) - args.dev_rows - len(kept_rows)
+        append_log(log_path, [dict(step=0, steps=total_steps, rows=len(kept_rows), dropped=dropped)])
         validate(0)
     sizes = lengths, args.batch_size, args.micro_batch, args.seed
     plan = itertools.chain.from_iterable(plan_epoch(*sizes, epoch) for epoch in itertools.count())
     bar = tqdm(itertools.islice(plan, done, total_steps), desc=folder.name, total=total_steps, initial=done,
                disable=None if rank == 0 else True)
     pending, since = [], time.perf_counter()
-    for step, micro_batches in enumerate(bar, done + 1):
-        model.train()
-        line, sums = backward_passes(parallel, teacher, data, pads, micro_batches, step, args, device, cache)
-        norm, lr = nn.utils.clip_grad_norm_(model.parameters(), args.clip), schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        pending.append((dict(step=step, epoch=step / epoch_steps, lr=lr) | line, sums, norm))
-        epoch_ends = step % epoch_steps == 0 or step == total_steps
-        saves = epoch_ends or step % args.save_every == 0
-        if saves or step % args.log_every == 0:
-            lines = log_lines(pending, time.perf_counter() - since)
+    check_same_weights(model)
+    with signals_collected() as signals:
+        for step, micro_batches in enumerate(bar, done + 1):
+            model.train()
+            line, sums = backward_passes(
+                parallel, teacher, data, pads, micro_batches, step, args, device, cache)
+            norm, lr = nn.utils.clip_grad_norm_(model.parameters(), args.clip), schedule.get_last_lr()[0]
+            optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()  # 1: weights stay
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            pending.append((dict(step=step, epoch=step / epoch_steps, lr=lr) | line, sums, norm))
+            epoch_ends = step % epoch_steps == 0 or step == total_steps
+            saves = epoch_ends or step % args.save_every == 0
+            if not (saves or step % args.log_every == 0 or signals and processes == 1):
+                continue
+            stop = torch.tensor(max(signals, default=0), device=device)
+            if processes > 1:  # all stop at the same step
+                dist.all_reduce(stop, dist.ReduceOp.MAX)
+            lines, pending = log_lines(pending, time.perf_counter() - since), []
             append_log(log_path, lines)
             if rank == 0 and bar.disable:
                 print(folder.name, *(f"{name} {x:.4g}" for name, x in lines[-1].items()), flush=True)
-            broken = {name: line["step"] for line in lines for name in line if not math.isfinite(line[name])}
+            broken = [(line["step"], name) for line in lines
+                      for name, value in line.items() if not math.isfinite(value)]
+            if epoch_ends and not broken:
+                validate(step)
+            if saves or stop or broken:
+                check_same_weights(model)
+                state = {name: part.state_dict() for name, part in parts.items()} | dict(step=step, best=best)
+                if rank == 0:
+                    write_atomically(state_path, lambda file: torch.save(state, file))
             if broken:
-                raise FloatingPointError(f"{log_path}: found terms that are not finite, at steps {broken}")
-        if epoch_ends:
-            validate(step)
-        if saves and rank == 0:
-            state = {name: part.state_dict() for name, part in parts.items()} | dict(step=step, best=best)
-            write_atomically(state_path, lambda file: torch.save(state, file))
-        if saves or step % args.log_every == 0:
-            pending, since = [], time.perf_counter()
+                first, names = broken[0][0], [name for n, name in broken if n == broken[0][0]]
+                plan = itertools.chain.from_iterable(plan_epoch(*sizes, epoch) for epoch in itertools.count())
+                batch = itertools.chain(*next(itertools.islice(plan, first - 1, None)))
+                numbers = sorted(args.dev_rows + kept_rows[i] + 1 for i in batch)
+                raise FloatingPointError(
+                    f"{log_path}, step {first}: found {', '.join(names)} not finite, of lines {numbers} of "
+                    f"{args.data}/raw.jsonl; step {step} is saved, without the updates of such steps")
+            if stop:
+                raise Stopped(int(stop), f"stopped by {signal.Signals(int(stop)).name} after step {step} of "
+                                         f"{total_steps}, which is saved; the same command goes on")
+            since = time.perf_counter()
     if rank == 0:
         write_json(folder / "args.json", run | dict(finished=True))
     if processes > 1:
@@ -1287,6 +1333,7 @@ def evaluate(args, source, folder, device):
     if path.exists() and (old := json.loads(path.read_text())) == old | result and all(
             path.stat().st_mtime > file.stat().st_mtime for file in checkpoint.glob("*.safetensors")):
         return old
+    (folder / "predictions").mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(source)
     model, alignment, rows = load_model(source, tokenizer, device), checkpoint / "alignment.pt", {}
     result |= dict(rougeL={}, exact_match={}, alignment=None)
@@ -1299,7 +1346,6 @@ def evaluate(args, source, folder, device):
         for metric, values in scores.items():
             result[metric].setdefault(name, []).append(statistics.fmean(values))
         if rank == 0:
-            (folder / "predictions").mkdir(parents=True, exist_ok=True)
             with open(folder / "predictions" / f"{name}-{seed}.jsonl", "w") as file:
                 file.writelines(json.dumps(row._asdict() | dict(prediction=text)) + "\n"
                                 for row, text in zip(sets[name], texts))
@@ -1617,6 +1663,9 @@ def main(argv=None):
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--nproc_per_node: found process {device.index + 1}, expected no more on a machine "
+                             f"than its {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     if args.report:
         paths = [pathlib.Path(run) / "eval.json" for run in args.report]
@@ -1646,6 +1695,9 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, OSError) as error:
-        print(f"dskd_ga.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (InputError, OSError, FloatingPointError) as error:
+        print(f"dskd_ga.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except Stopped as stopped:
+        print(f"dskd_ga.py: {stopped.args[1]}", file=sys.stderr)
+        sys.exit(128 + stopped.args[0])

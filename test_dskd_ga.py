@@ -13,9 +13,11 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree
 
 import pytest
@@ -846,8 +848,9 @@ def test_examples_hold_the_text_and_end_in_end_of_text(case):
     assert lengths[0] != lengths[1]
     cut = dskd_ga.encode(tokenizers[0], rows[:1], lengths[0][0] - 2)[0]
     assert len(cut.spans) == len(cut.ids) - cut.start and cut.spans[-1] != (-1, -1)
-    sides, dropped = dskd_ga.training_data(rows, tokenizers, 512, cut.start)
-    assert [len(side) for side in sides] == [len(rows) - dropped] * 2 and dropped > 0
+    sides, kept = dskd_ga.training_data(rows, tokenizers, 512, cut.start)
+    assert [len(side) for side in sides] == [len(kept)] * 2 and 0 < len(kept) < len(rows)
+    assert [tokenizers[0].decode(e.ids[:e.start]) for e in sides[0]] == [rows[i].prompt for i in kept]
     assert all(example.spans for side in sides for example in side)
 
 
@@ -1069,8 +1072,8 @@ def run(case, out, processes=1, **settings):
     return next(path.parent for path in out.glob("*/eval.json"))
 
 
-def run_on_two_processes(commands):
-    """The command lines one after the other in the same two processes, each with a meeting point of its own."""
+def two_processes(commands):
+    """Two processes with the command lines one after the other, each with a meeting point of its own."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -1079,11 +1082,10 @@ def run_on_two_processes(commands):
             "    os.environ['MASTER_PORT'] = str(int(sys.argv[2]) + n)\n"
             "    dskd_ga.main(command)")
     here = str(pathlib.Path(dskd_ga.__file__).parent)
-    processes = [subprocess.Popen(
+    return [subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(commands), str(port)], env=os.environ | dict(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", OMP_NUM_THREADS="1",
             PYTHONPATH=here)) for rank in range(2)]
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
 
 
 def log(folder):
@@ -1193,6 +1195,112 @@ def test_a_stopped_run_goes_on_to_the_same_weights(case, tmp_path, monkeypatch):
         run(case, tmp_path / "stopped", **settings | dict(lr=1e-3))
 
 
+def forked(command, patience, number=signal.SIGKILL):
+    """Runs the command line in a copy of this process, sends it the signal after so many seconds and returns
+    its exit status, or the negative number of the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            dskd_ga.main(command)
+            status = 0
+        except dskd_ga.Stopped as stopped:
+            status = 128 + stopped.args[0]
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline and os.waitpid(pid, os.WNOHANG) == (0, 0):
+        time.sleep(0.01)
+    try:
+        os.kill(pid, number)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except (ProcessLookupError, ChildProcessError):
+        return 0
+
+
+def same_end(whole, other):
+    states = [torch.load(folder / "state.pt", weights_only=True) for folder in (whole, other)]
+    assert states[0]["step"] == states[1]["step"] and states[0]["best"] == states[1]["best"]
+    assert all(torch.equal(value, states[1]["model"][name]) for name, value in states[0]["model"].items())
+    assert log(whole) == log(other)
+    for name in ("best/model.safetensors", "eval.json"):
+        a, b = ((folder / name).read_bytes().replace(str(folder).encode(), b"") for folder in (whole, other))
+        assert a == b
+
+
+@pytest.mark.parametrize("settings", [dict(ga=True, dropout=0.2)], ids=str)
+def test_a_run_killed_at_random_moments_ends_in_the_same_weights(case, tmp_path, settings):
+    settings |= dict(teacher_ready=True, save_every=2, log_every=1, epochs=0.04, eval_limit=2, eval_seeds=[1])
+    start = time.monotonic()
+    whole, rng = run(case, tmp_path / "whole", **settings), random.Random(0)
+    seconds = time.monotonic() - start
+    kills = 0
+    for _ in range(100):
+        status = forked(flags(case, tmp_path / "killed", **settings), rng.uniform(0.1, 1.2) * seconds / 2)
+        kills += status == -signal.SIGKILL
+        assert status in (0, -signal.SIGKILL)
+        if kills == 20:
+            break
+    same_end(whole, run(case, tmp_path / "killed", **settings))
+    assert kills == 20
+
+
+def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_goes_on(case, tmp_path):
+    settings = dict(method="sft", save_every=2, log_every=1, epochs=0.1, eval_limit=2, eval_seeds=[1])
+    folders = [tmp_path / name / "sft-10" for name in ("whole", "killed")]
+    commands = [flags(case, folder.parent, **settings) for folder in folders]
+    assert [process.wait(timeout=300) for process in two_processes(commands[:1])] == [0, 0]
+    for victim, step in ((1, 5), (0, 20)):
+        pair, log_path = two_processes(commands[1:]), folders[1] / "log.jsonl"
+        while not log_path.exists() or f'"step": {step},' not in log_path.read_text():
+            assert [process.poll() for process in pair] == [None, None]
+            time.sleep(0.05)
+        pair[victim].kill()
+        assert pair[1 - victim].wait(timeout=120) != 0
+    assert [process.wait(timeout=300) for process in two_processes(commands[1:])] == [0, 0]
+    same_end(*folders)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_its_step(case, tmp_path, number):
+    settings = dict(method="sft", save_every=1000, log_every=1000, epochs=0.2, eval_limit=2, eval_seeds=[1])
+    whole = run(case, tmp_path / "whole", **settings)
+    status, tries = 0, 0
+    while status != 128 + number and tries < 20:  # before training, the signal ends it at once
+        tries += 1
+        status = forked(flags(case, tmp_path / "stopped", fresh=True, **settings), 1 + 0.2 * tries, number)
+    folder = tmp_path / "stopped" / "sft-10"
+    state = torch.load(folder / "state.pt", weights_only=True)
+    assert status == 128 + number and 0 < state["step"] < 100
+    assert [line["step"] for line in log(folder)][-1] == state["step"]
+    run(case, tmp_path / "stopped", **settings)
+    same_end(whole, folder)
+
+
+def test_a_term_that_is_not_finite_ends_the_run_and_leaves_the_weights(case, tmp_path, monkeypatch):
+    settings = dict(method="sft", log_every=2, epochs=0.02, eval_limit=2, eval_seeds=[1])
+    backward_passes = dskd_ga.backward_passes
+
+    def broken(model, teacher, data, pads, micro_batches, step, *rest):
+        result = backward_passes(model, teacher, data, pads, micro_batches, step, *rest)
+        if step == 3:
+            next(model.parameters()).grad[0, 0] = NAN
+            rows.append(sorted(i for rows in micro_batches for i in rows))
+        return result
+
+    rows = []
+    monkeypatch.setattr(dskd_ga, "backward_passes", broken)
+    with pytest.raises(FloatingPointError, match="step 3: found grad_norm not finite, of lines") as caught:
+        run(case, tmp_path, **settings)
+    lines = json.loads(re.search(r"of lines (\[.*?\])", str(caught.value))[1])
+    texts = [dskd_ga.read_rows(case / "raw.jsonl")[line - 1].prompt for line in lines]
+    data = dskd_ga.read_rows(case / "raw.jsonl")[8:]
+    assert texts == [data[i].prompt for i in rows[0]]  # no row of the case is dropped
+    state = torch.load(tmp_path / "sft-10" / "state.pt", weights_only=True)
+    assert state["step"] == 4 and all(w.isfinite().all() for w in state["model"].values())
+
+
 def test_fresh_starts_over_and_keeps_the_old_run(case, tmp_path):
     short = dict(method="sft", eval_limit=2, eval_seeds=[1])
     run(case, tmp_path, **short)
@@ -1299,7 +1407,7 @@ def method_runs(case, tmp_path_factory):
         for command in commands if processes == 1 else ():
             dskd_ga.main(command)
         if processes == 2:
-            run_on_two_processes(commands)
+            assert [process.wait(timeout=600) for process in two_processes(commands)] == [0, 0]
         found[processes] = {name: out / f"{name}-10" for _, name in METHODS}
     return found
 
