@@ -1022,6 +1022,18 @@ def signals_collected():
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
+def load_state(path, parts, device):
+    """Puts a saved state into the parts, by name; returns its step and best score. InputError: damaged."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["step"], state["best"]
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: found a damaged file ({reason}), expected what a run has saved; "
+                         "--fresh starts over") from None
+
 def check_same_weights(model):
     """RuntimeError if the processes hold different weights."""
     sums = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
@@ -1115,17 +1127,8 @@ def train(args, folder, device, teacher_source=None):
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=1e-7)
     parts = dict(model=model, optimizer=optimizer, schedule=schedule)
-    done, best, state_path, log_path = 0, -1.0, folder / "state.pt", folder / "log.jsonl"
-    if state_path.exists():
-        try:
-            state = torch.load(state_path, map_location=device, weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            done, best = state["step"], state["best"]
-        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{state_path}: found a damaged file ({reason}), expected what a run has saved; "
-                             "--fresh starts over") from None
+    state_path, log_path = folder / "state.pt", folder / "log.jsonl"
+    done, best = load_state(state_path, parts, device) if state_path.exists() else (0, -1.0)
     if rank == 0:  # the lines of steps that will be done again go, and one that was not written to its end
         lines = [line for line in open(log_path) if line.endswith("\n")] if done else []
         kept = [line for line in lines if json.loads(line)["step"] <= done]
@@ -1664,8 +1667,8 @@ def main(argv=None):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
-            raise InputError(f"--nproc_per_node: found process {device.index + 1}, expected no more on a machine "
-                             f"than its {torch.cuda.device_count()} GPUs")
+            raise InputError(f"--nproc_per_node: found process {device.index + 1}, expected no more than the "
+                             f"{torch.cuda.device_count()} GPUs of this machine")
         torch.cuda.set_device(device)
     if args.report:
         paths = [pathlib.Path(run) / "eval.json" for run in args.report]
