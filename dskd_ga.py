@@ -1377,9 +1377,13 @@ def averages(by_set):
 
 def bootstrap(group, base, replicates=1000):
     """95 % interval of how much higher a group of training runs scores than the base group, in ROUGE-L over
-    all test sets. Each replicate draws test rows, the same for both (paired), and runs of each group."""
+    all test sets. Each replicate draws test rows, the same for both (paired), and training runs, those of the
+    same training seeds if both groups have the same: these share initialisation and row order."""
     rng, gaps = np.random.default_rng(0), []
+    group, base = (sorted(runs, key=lambda run: run["seed"]) for runs in (group, base))
     picks = [rng.integers(len(runs), size=(len(runs), replicates)) for runs in (group, base)]
+    if [run["seed"] for run in group] == [run["seed"] for run in base]:
+        picks[1] = picks[0]
     for name, rows in base[0]["rows"].items():
         shares = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), replicates).T / len(rows)
         scores = (np.array([run["rows"][name] for run in runs]) @ shares for runs in (group, base))

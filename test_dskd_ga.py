@@ -1662,6 +1662,8 @@ def test_bootstrap_intervals():
     # over runs: means of two draws out of two runs 6 apart are 0, 3 or 6 off
     low, high = dskd_ga.bootstrap([shift("a", 0), shift("a", 6)], [shift("b", 1)])
     assert (low, high) == pytest.approx((-1, 5))
+    pair = lambda run, by: [shift(run, by) | dict(seed=10), shift(run, by + 6) | dict(seed=20)]
+    assert dskd_ga.bootstrap(pair("a", 2)[::-1], pair("b", 0)) == pytest.approx([2, 2])  # paired by seed
     # over test sets: the mean of both
     two = lambda run, *by: fake_result(run, 1, dict(s=[0], t=[0]), dict(s=[by[0]] * 9, t=[by[1]] * 2))
     assert dskd_ga.bootstrap([two("a", 1, 5)], [two("b", 1, 1)]) == pytest.approx([2, 2])
