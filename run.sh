@@ -71,6 +71,6 @@ case $job in
                 done
             done
         } | OMP_NUM_THREADS=1 xargs -P "${JOBS:-2}" -L 1 $python dskd_ga.py --demo --out $out
-        $python dskd_ga.py --report $(dirname $out/*/eval.json) --baseline sft ;;
+        $python dskd_ga.py --report $(dirname $out/*/eval.json) --baseline cma-skl ;;
     *) echo "run.sh: found $job, expected demo, test, paper or study" >&2; exit 2 ;;
 esac
