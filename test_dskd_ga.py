@@ -1346,6 +1346,20 @@ def test_a_cached_teacher_gives_the_same_losses(case, reference_run, tmp_path, p
             assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
         return found
 
+    if processes == 1:  # what is not on disk is not marked as done
+        calls, response_hidden = [], dskd_ga.response_hidden
+
+        def stops(model, side):
+            calls.append(len(side.ids))
+            if len(calls) == 3 and "Qwen" in type(model).__name__:
+                raise KeyboardInterrupt
+            return response_hidden(model, side)
+
+        monkeypatch.setattr(dskd_ga, "response_hidden", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(case, tmp_path / "first", **settings)
+        monkeypatch.undo()
+        assert sum((tmp_path / "cache" / "done").read_bytes()) == sum(calls[:2])
     found = check(run(case, tmp_path / "first", processes, **settings))
     done, hidden = ((tmp_path / "cache" / name).read_bytes() for name in ("done", "hidden"))
     assert set(done) == {1} and len(done) == found[0]["rows"]
@@ -1581,6 +1595,8 @@ def test_samples_are_those_of_transformers_generate(family, size):
             expected.append(text[:text.index(end)] if end in text else text)
         assert found == expected
     assert len(found[1]) <= 4 and max(map(len, found)) > 4
+    first = dskd_ga.sample(model, [[0, 1, 2]], 0 * uniforms[:1, :1], 59, 1)  # 0 to 2 have come and are forbidden
+    assert first == [[3]]
 
 
 def test_a_sample_depends_on_seed_and_row_alone(case):
@@ -1676,7 +1692,7 @@ def side_of(targets, mask):
 
 
 def test_alignment_numbers_by_hand():
-    s = side_of([[5, 5, 6, 0], [7, 8, 8, 8]], ["1110", "1111"])
+    s = side_of([[5, 5, 6, 6], [7, 8, 8, 8]], ["1110", "1111"])
     t = side_of([[1, 1], [1, 1]], ["11", "10"])
     a = torch.tensor([[[0.75, 0.25], [0.5, 0.5], [0.0, 1.0], [0, 0]], [[1.0, 0], [1, 0], [1, 0], [1, 0]]])
     chunks = torch.stack([bools("10", "01", "01", "00"), bools("10", "10", "10", "00")])  # the last has none
@@ -1734,7 +1750,11 @@ def test_the_alignment_page_shows_several_runs_side_by_side(case, tmp_path):
     expected, _ = chunk_projection(chunk_alignment(s.spans, t.spans)[None], *(
         torch.ones(1, len(side.spans), dtype=torch.bool) for side in (s, t)))
     same(values.view_as(expected[0]), expected[0], 1e-3)
-    assert sum(r.get("class") == "chunk" for r in clp.iter("rect")) == len(set(s.chunk))
+    boxes = [[int(r.get(n)) // 15 for n in ("height", "width")] for r in clp.iter("rect") if r.get("class") == "chunk"]
+    assert boxes == [[side.chunk.count(n) for side in (s, t)] for n in sorted(set(s.chunk))]
+    truncated = dskd_ga.heatmap("<a>", [[1, 0], [0, 1]], [[0, -1], [0, -2]], [["x", "<"], ["y" * 20, "&"]])
+    assert truncated.count('class="chunk"') == 1 and ">x from yyyyyyyyyyyyy…: 1.000<" in truncated
+    xml.etree.ElementTree.fromstring(truncated)
     with pytest.raises(dskd_ga.InputError, match="found no alignment.pt"):
         dskd_ga.main(flags(case, eval_only=case / "student", align=1, **short))
 
@@ -1759,6 +1779,12 @@ def test_a_finished_evaluation_is_not_repeated(case, reference_run, tmp_path, mo
     assert json.loads((run(case, tmp_path, **settings) / "eval.json").read_text()) == scored
     with pytest.raises(TypeError):
         run(case, tmp_path, **settings | dict(eval_seeds=[2]))
+    weights, later = reference_run / "best" / "model.safetensors", (folder / "eval.json").stat().st_mtime + 1
+    before = weights.stat().st_mtime
+    os.utime(weights, (later, later))
+    with pytest.raises(TypeError):
+        run(case, tmp_path, **settings)
+    os.utime(weights, (before, before))
 
 
 # ------------------------------------------------------------------------------ documents
