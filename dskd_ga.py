@@ -1691,6 +1691,8 @@ def main(argv=None):
         if dist.is_initialized():
             dist.barrier()
         result = experiment(args, device)
+        if dist.is_initialized():
+            dist.barrier()  # none leaves while another still needs it
         if world()[0] == 0:
             print(report([result]))
             print(f"Checkpoints, logs, predictions and scores are in {pathlib.Path(args.out).resolve()}")
