@@ -138,7 +138,8 @@ def build_parser():
     g.add_argument("--weight-decay", type=float, default=1e-2, help="none on biases and norms")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     g.add_argument("--dropout", type=float, help="every rate, instead of the student's own and D's 0.1")
-    g.add_argument("--seed", type=int, default=10, help="of initialisation, row order, dropout, dev sampling")
+    g.add_argument("--seed", type=int, default=10,
+                   help="of initialisation, row order, dropout, dev sampling; the teacher's own is always 10")
     g.add_argument("--save-every", type=int, default=500, help="steps between saves, besides one an epoch")
     g.add_argument("--log-every", type=int, default=10, help="steps whose log lines are written together")
     g = parser.add_argument_group("evaluation: sampling at temperature 1")
@@ -247,8 +248,9 @@ def token_texts(tokenizer):
     return [text.replace("▁", "Ġ") for text in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
 
 def training_data(rows, tokenizers, max_prompt, max_length, method="cma"):
-    """A list of `Example`s for each tokenizer, the student's first, without the rows whose prompt is over the
-    limit (in the student's tokens) or leaves no room for a response; and which rows were kept."""
+    """A list of `Example`s for each tokenizer, the student's first, with chunk numbers (mined: of single
+    matches), without the rows whose prompt is over the limit (in the student's tokens) or leaves no room for
+    a response; and which rows were kept. InputError: kd or dskd, and the tokenizers differ."""
     sides = [encode(tokenizer, rows, max_length) for tokenizer in tokenizers]
     keep = [i for i in range(len(rows))
             if sides[0][i].start <= max_prompt and all(side[i].spans for side in sides)]
@@ -265,6 +267,12 @@ def training_data(rows, tokenizers, max_prompt, max_length, method="cma"):
         for side, chunk in zip(sides, numbers):
             side[i] = side[i]._replace(chunk=chunk.tolist())
     return sides, keep
+
+def mined_vocabulary(tokenizers, size):
+    """`token_map` from the second tokenizer, the teacher's, to the first, padded to the teacher's head."""
+    ids = token_map(*map(token_texts, tokenizers))
+    ids[tokenizers[1].eos_token_id] = tokenizers[0].eos_token_id  # however the two spell it
+    return torch.tensor(ids + [-1] * (size - len(ids)))
 
 def plan_epoch(lengths, batch_size, micro_batch, seed, epoch):
     """The epoch's optimiser steps, each a list of micro-batches of row indices; fixed by seed and epoch."""
@@ -588,7 +596,7 @@ def ga_loss(disc, q, k, s_mask, t_mask):
     """L_KQ, eq. (14), as cross-entropy: D(q) -> 1, D(k) -> 0, each a mean over its side's real positions.
 
     Minimising it trains D; the gradient that reaches q (B, S, w) is reversed, k (B, T, w) gets none.
-    disc maps (N, w) to N logits; s_mask (B, S) and t_mask (B, T) are True on real positions.
+    disc maps (..., w) to logits (...); s_mask (B, S) and t_mask (B, T) are True on real positions.
     """
     terms = ga_terms(disc, q, k, s_mask, t_mask)
     return terms["ga_q"] / s_mask.sum().clamp(min=1) + terms["ga_k"] / t_mask.sum().clamp(min=1)
@@ -832,8 +840,8 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def seed_torch(*numbers):
-    """Seeds torch by what is computed (step and micro-batch; sampling seed and batch), not by what ran
-    before: neither a restart nor the number of processes changes dropout or samples."""
+    """Seeds torch by what is computed (step and micro-batch), not by what ran before: neither a restart nor
+    the number of processes changes dropout."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 def autocast(device):
@@ -909,12 +917,17 @@ class TeacherCache:
         key = dict(weights=weights.hexdigest(), rows=hashlib.sha256(rows.encode()).hexdigest(),
                    dtype=str(self.dtype))
         sizes = dict(hidden=int(self.ends[-1]) * width * self.dtype.itemsize, done=len(examples))
-        if rank == 0 and not (folder / "key.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0 and not folder.exists():  # it appears whole: other runs may start at the same time
+            fresh = folder.with_name(f"{folder.name}.{os.getpid()}")
+            fresh.mkdir(parents=True)
             for name, size in sizes.items():
-                with open(folder / name, "wb") as file:
+                with open(fresh / name, "wb") as file:
                     file.truncate(size)  # zeros; the disk fills as rows come
-            write_json(folder / "key.json", key)
+            write_json(fresh / "key.json", key)
+            if folder.exists():
+                shutil.rmtree(fresh)
+            else:
+                fresh.rename(folder)
         if processes > 1:
             dist.barrier()
         found = json.loads((folder / "key.json").read_text())
@@ -1022,6 +1035,21 @@ def signals_collected():
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
+def trim_log(path, done):
+    """Drops the lines of steps that will be done again, and one that was not written to its end."""
+    lines = [line for line in open(path) if line.endswith("\n")] if done else []
+    kept = [line for line in lines if json.loads(line)["step"] <= done]
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+def check_finite(lines, data_lines):
+    """FloatingPointError if a value in the log's lines is not finite. data_lines: of raw.jsonl, by step."""
+    for line in lines:
+        names = [name for name, value in line.items() if not math.isfinite(value)]
+        if names:
+            raise FloatingPointError(
+                f"step {line['step']}: found {', '.join(names)} not finite, of lines "
+                f"{data_lines(line['step'])} of raw.jsonl; step {lines[-1]['step']} is saved, without the updates of such steps")
+
 def load_state(path, parts, device):
     """Puts a saved state into the parts, by name; returns its step and best score. InputError: damaged."""
     try:
@@ -1117,22 +1145,16 @@ def train(args, folder, device, teacher_source=None):
     student, teacher = load_model(args.student, tokenizers[0], device, torch.float32, args.dropout), None
     if teacher_source:
         teacher = load_model(teacher_source, tokenizers[1], device).requires_grad_(False)
-    vocabulary = None
-    if args.method == "mined":
-        ids = token_map(*map(token_texts, tokenizers))
-        ids[tokenizers[1].eos_token_id] = tokenizers[0].eos_token_id  # however the two spell it
-        spare = len(head_of(teacher).weight) - len(ids)  # a head may be wider than its tokenizer
-        vocabulary = torch.tensor(ids + [-1] * spare)
+    mined = args.method == "mined"
+    vocabulary = mined_vocabulary(tokenizers, len(head_of(teacher).weight)) if mined else None
     model = Distiller(student, teacher, args, vocabulary).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=1e-7)
     parts = dict(model=model, optimizer=optimizer, schedule=schedule)
     state_path, log_path = folder / "state.pt", folder / "log.jsonl"
     done, best = load_state(state_path, parts, device) if state_path.exists() else (0, -1.0)
-    if rank == 0:  # the lines of steps that will be done again go, and one that was not written to its end
-        lines = [line for line in open(log_path) if line.endswith("\n")] if done else []
-        kept = [line for line in lines if json.loads(line)["step"] <= done]
-        write_atomically(log_path, lambda file: file.write("".join(kept).encode()))
+    if rank == 0:
+        trim_log(log_path, done)
     parallel, cache = model, None
     if teacher and args.cache_teacher:
         cache = TeacherCache(args.cache_teacher, teacher, data[1], pads[1], args.micro_batch, device)
@@ -1165,9 +1187,17 @@ def train(args, folder, device, teacher_source=None):
         dropped = len(rows) - args.dev_rows - len(kept_rows)
         append_log(log_path, [dict(step=0, steps=total_steps, rows=len(kept_rows), dropped=dropped)])
         validate(0)
-    sizes = lengths, args.batch_size, args.micro_batch, args.seed
-    plan = itertools.chain.from_iterable(plan_epoch(*sizes, epoch) for epoch in itertools.count())
-    bar = tqdm(itertools.islice(plan, done, total_steps), desc=folder.name, total=total_steps, initial=done,
+
+    def plan(first):
+        """The micro-batches of step `first` and those after it."""
+        sizes = lengths, args.batch_size, args.micro_batch, args.seed
+        epochs = (plan_epoch(*sizes, epoch) for epoch in itertools.count())
+        return itertools.islice(itertools.chain.from_iterable(epochs), first - 1, total_steps)
+
+    def data_lines(step):
+        return sorted(args.dev_rows + kept_rows[i] + 1 for rows in next(plan(step)) for i in rows)
+
+    bar = tqdm(plan(done + 1), desc=folder.name, total=total_steps, initial=done,
                disable=None if rank == 0 else True)
     pending, since = [], time.perf_counter()
     check_same_weights(model)
@@ -1193,8 +1223,7 @@ def train(args, folder, device, teacher_source=None):
             append_log(log_path, lines)
             if rank == 0 and bar.disable:
                 print(folder.name, *(f"{name} {x:.4g}" for name, x in lines[-1].items()), flush=True)
-            broken = [(line["step"], name) for line in lines
-                      for name, value in line.items() if not math.isfinite(value)]
+            broken = not all(math.isfinite(value) for line in lines for value in line.values())
             if epoch_ends and not broken:
                 validate(step)
             if saves or stop or broken:
@@ -1202,14 +1231,7 @@ def train(args, folder, device, teacher_source=None):
                 state = {name: part.state_dict() for name, part in parts.items()} | dict(step=step, best=best)
                 if rank == 0:
                     write_atomically(state_path, lambda file: torch.save(state, file))
-            if broken:
-                first, names = broken[0][0], [name for n, name in broken if n == broken[0][0]]
-                plan = itertools.chain.from_iterable(plan_epoch(*sizes, epoch) for epoch in itertools.count())
-                batch = itertools.chain(*next(itertools.islice(plan, first - 1, None)))
-                numbers = sorted(args.dev_rows + kept_rows[i] + 1 for i in batch)
-                raise FloatingPointError(
-                    f"{log_path}, step {first}: found {', '.join(names)} not finite, of lines {numbers} of "
-                    f"{args.data}/raw.jsonl; step {step} is saved, without the updates of such steps")
+            check_finite(lines, data_lines)
             if stop:
                 raise Stopped(int(stop), f"stopped by {signal.Signals(int(stop)).name} after step {step} of "
                                          f"{total_steps}, which is saved; the same command goes on")
@@ -1331,6 +1353,7 @@ def evaluate(args, source, folder, device):
     sampling seed; `rows` -> test set -> each row's mean ROUGE-L. A finished evaluation is not repeated."""
     rank, path, sets = world()[0], folder / "eval.json", read_test_sets(args)
     settings = {name: getattr(args, name) for name in EVALUATION}
+    settings["rows"] = hashlib.sha256(json.dumps(sets).encode()).hexdigest()
     result = dict(run=run_name(args), seed=args.seed, model=source, settings=settings)
     checkpoint = pathlib.Path(source)
     if path.exists() and (old := json.loads(path.read_text())) == old | result and all(

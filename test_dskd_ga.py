@@ -1363,6 +1363,7 @@ def test_a_cached_teacher_gives_the_same_losses(case, reference_run, tmp_path, p
     found = check(run(case, tmp_path / "first", processes, **settings))
     done, hidden = ((tmp_path / "cache" / name).read_bytes() for name in ("done", "hidden"))
     assert set(done) == {1} and len(done) == found[0]["rows"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "first"]
     if processes == 1:  # half-written: rows that are not marked as done are computed, the others are trusted
         (tmp_path / "cache" / "done").write_bytes(done[:3000] + bytes(len(done) - 3000))
         lost = len(hidden) // 5  # of rows after the 3000th of 4092
@@ -1779,6 +1780,18 @@ def test_a_finished_evaluation_is_not_repeated(case, reference_run, tmp_path, mo
     assert json.loads((run(case, tmp_path, **settings) / "eval.json").read_text()) == scored
     with pytest.raises(TypeError):
         run(case, tmp_path, **settings | dict(eval_seeds=[2]))
+    rows = (case / "seen.jsonl").read_text().splitlines()
+    changed = dict(settings, tests=[f"seen={write_lines(tmp_path / 'seen.jsonl', *rows[:12])}"])
+    monkeypatch.undo()
+    run(case, tmp_path, **changed)
+    monkeypatch.setattr(dskd_ga, "generate", None)
+    run(case, tmp_path, **changed)
+    write_lines(tmp_path / "seen.jsonl", *rows[1:13])  # the same file, other rows
+    with pytest.raises(TypeError):
+        run(case, tmp_path, **changed)
+    monkeypatch.undo()
+    run(case, tmp_path, **settings)
+    monkeypatch.setattr(dskd_ga, "generate", None)
     weights, later = reference_run / "best" / "model.safetensors", (folder / "eval.json").stat().st_mtime + 1
     before = weights.stat().st_mtime
     os.utime(weights, (later, later))
