@@ -1048,8 +1048,8 @@ def check_finite(lines, data_lines):
         if names:
             raise FloatingPointError(
                 f"step {line['step']}: found {', '.join(names)} not finite, of lines "
-                f"{data_lines(line['step'])} of raw.jsonl; step {lines[-1]['step']} is saved, without the updates "
-                "of such steps")
+                f"{data_lines(line['step'])} of raw.jsonl; step {lines[-1]['step']} is saved, without the "
+                "updates of such steps")
 
 def load_state(path, parts, device):
     """Puts a saved state into the parts, by name; returns its step and best score. InputError: damaged."""
