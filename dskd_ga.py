@@ -308,12 +308,16 @@ class Head(NamedTuple):
     bias: torch.Tensor | None = None  # (V,)
     softcap: float | None = None      # c; None: no cap
 
-    def __call__(self, h):  # (..., d) -> (..., V), in float32 whatever the product is computed in
-        logits = full_precision(F.linear(h, self.weight, self.bias))
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+    def __call__(self, h):  # (..., d) -> (..., V)
+        return capped(F.linear(h, self.weight, self.bias), self.softcap)
 
     def detach(self):
         return Head(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.softcap)
+
+def capped(logits, softcap):
+    """The product's logits in float32, whatever it is computed in, with the cap if there is one."""
+    logits = full_precision(logits)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 def head_of(model):
     """The model's own `Head`, sharing its parameters."""
@@ -656,43 +660,70 @@ class HeadLosses(torch.autograd.Function):
     @staticmethod
     def slices(fn, step, softcaps, rows, wanted, tensors, weights=None):
         """The sums, the gradient of their weighted total by number of tensor, which of them have one."""
-        tensors = [t if t is None else t.detach().requires_grad_(n in wanted) for n, t in enumerate(tensors)]
-        sides = [(tensors[3 * j], Head(*tensors[3 * j + 1:3 * j + 3], c)) for j, c in enumerate(softcaps)]
-        sums, grads, trained = [], {}, []
+        kind, sides = tensors[0].device.type, range(len(softcaps))
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        compute = [t if t is None else t.to(dtype or t.dtype) for t in tensors]  # weights: once, not a slice
+        learns = [any(n // 3 == j for n in wanted) for j in sides]
+        groups, grads, sums, trained = {}, {n: torch.zeros_like(tensors[n]) for n in wanted}, [], []
+        for j in sides:  # sides with one head share a product: its weight is read once
+            key = [t if t is None else t.data_ptr() for t in tensors[3 * j + 1:3 * j + 3]]
+            groups.setdefault(tuple(key), []).append(j)
 
-        def one_slice(part):  # a function, so that a slice's logits are gone before the next one's come
+        def losses(logits, *rows):  # of a piece of a slice, whose logits make way for their gradients
+            leaves = [z.detach().requires_grad_(learn) for z, learn in zip(logits, learns)]
             with torch.enable_grad():
-                losses = fn(*(head(h[part]) for h, head in sides), *(row[part] for row in rows))
-                trained[:] = [i for i, loss in enumerate(losses) if loss.requires_grad]
-                total = sum(losses[i] * (weights[i] if weights else 1) for i in trained)
-            sums.append([loss.detach() for loss in losses])
-            leaves = [tensors[n] for n in wanted] if trained else []
-            found = torch.autograd.grad(total, leaves, allow_unused=True) if leaves else ()
-            for n, grad in zip(wanted, found):
-                if grad is not None:
-                    grads[n] = grads[n].add_(grad) if n in grads else grad
+                values = fn(*map(capped, leaves, softcaps), *rows)
+                trained[:] = [i for i, value in enumerate(values) if value.requires_grad]
+                total = sum(values[i] * (weights[i] if weights else 1) for i in trained)
+            sums.append([value.detach() for value in values])
+            if trained:
+                asked = [j for j in sides if learns[j]]
+                found = torch.autograd.grad(total, [leaves[j] for j in asked], materialize_grads=True)
+                for j, grad in zip(asked, found):
+                    logits[j].copy_(grad)
 
         for start in range(0, max(len(tensors[0]), 1), step):
-            one_slice(slice(start, start + step))
+            part, logits = slice(start, start + step), {}
+            for group in groups.values():
+                weight, bias = compute[3 * group[0] + 1:][:2]
+                product = F.linear(torch.stack([compute[3 * j][part] for j in group]), weight, bias)
+                logits |= zip(group, product)
+            logits = [logits[j] for j in sides]
+            piece = max(1, step // 8)
+            for pieces in zip(*(x.split(piece) for x in (*logits, *(row[part] for row in rows)))):
+                losses(pieces[:len(sides)], *pieces[len(sides):])
+            for n in wanted if trained else ():
+                dz, h, weight = logits[n // 3], *compute[n // 3 * 3:][:2]
+                if n % 3 == 0:
+                    grads[n][part] = dz @ weight
+                elif n % 3 == 2:
+                    grads[n] += dz.sum(0)
+                elif dz.dtype == grads[n].dtype:
+                    grads[n].addmm_(dz.mT, h[part])  # in place: there is no second (V, d)
+                else:
+                    grads[n] += dz.mT @ h[part]
         return tuple(map(sum, zip(*sums))), grads, trained
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
         grads, scale = ctx.grads, upstream[ctx.trained[0]]
-        if any(upstream[i].data_ptr() != scale.data_ptr() for i in ctx.trained):
+        ctx.grads = None  # given away: kept, they would be a second (V, d) until the graph is gone
+        if grads is None or any(upstream[i].data_ptr() != scale.data_ptr() for i in ctx.trained):
             with torch.autocast(scale.device.type, *ctx.autocast):
                 _, grads, _ = HeadLosses.slices(*ctx.call, ctx.saved_tensors, upstream)
-            scale = 1
-        return (None,) * 4 + tuple(grads[n] * scale if n in grads else None
-                                   for n in range(len(ctx.saved_tensors)))
+        else:
+            for grad in grads.values():
+                grad *= scale
+        return (None,) * 4 + tuple(map(grads.get, range(len(ctx.saved_tensors))))
 
-def head_losses(fn, sides, rows=(), max_logits=2 ** 23):
+def head_losses(fn, sides, rows=(), max_logits=2 ** 24):
     """Sums over N positions of losses of logits, with the logits of only a slice of the positions at a time.
 
     fn: (logits_1, ..., logits_J, *rows) -> tuple of scalars, each a sum over the positions it is given.
     sides: J pairs of hidden states (N, d_j) and `Head`. rows: further tensors (N, ...), sliced likewise.
-    max_logits: how many logits of one side may exist at a time; it changes no result.
+    max_logits: how many logits of one side may exist at a time, the losses' own tensors for an eighth of
+        them; it changes no result but rounding.
     """
     step = max(1, max_logits // max(len(head.weight) for _, head in sides))
     tensors = [t for h, head in sides for t in (h, head.weight, head.bias)]
@@ -719,7 +750,7 @@ def keys_and_queries(proj, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, E_s, E_t, n
 
 def dual_space_losses(proj, h_s, h_t, s_in, s_tgt, t_in, t_tgt, s_mask, t_mask, E_s, E_t, W_s, W_t, *,
                       align="cma", chunks=None, div="skl", temperature=2.0, skew=0.1, correct_only=True,
-                      s2t_div="kl", normalise_queries=False, real=None, max_logits=2 ** 23):
+                      s2t_div="kl", normalise_queries=False, real=None, max_logits=2 ** 24):
     """Every term of eqs. (1)-(9), as sums over positions.
 
     Args:
@@ -799,7 +830,7 @@ def mined_targets(teacher_logits, vocabulary, gold, matched, size, temperature=2
     return temperature * torch.where(matched[:, None] & (mass > 0), carried, one_hot).log()
 
 def baseline_losses(method, h_s, h_t, s_tgt, s_mask, t_mask, W_s, W_t, *, chunks=None, vocabulary=None,
-                    div="skl", temperature=2.0, skew=0.1, real=None, max_logits=2 ** 23):
+                    div="skl", temperature=2.0, skew=0.1, real=None, max_logits=2 ** 24):
     """Sums `ce` and `kd` over positions, for losses on the teacher's own logits.
 
     method: kd, f of both models' distributions over one vocabulary | uld, `uld_loss`, both position by

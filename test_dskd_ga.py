@@ -485,10 +485,11 @@ def two_sides(h_1, h_2, weight, bias, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("positions, slice_length", [(7, 1), (7, 3), (7, 7), (0, 7)])
-def test_head_losses(positions, slice_length, softcap):
+@pytest.mark.parametrize("positions, slice_length, piece", [
+    (7, 1, 1), (7, 3, 1), (19, 17, 2), (7, None, 7), (0, None, 0)])
+def test_head_losses(positions, slice_length, piece, softcap):
     leaves = [normal(*shape, grad=True) for shape in ((positions, 4), (positions, 4), (6, 4), (6,))]
-    limit = dict(max_logits=6 * slice_length + 5) if slice_length < 7 else {}
+    limit = dict(max_logits=6 * slice_length + 5) if slice_length else {}
     target, lengths, with_graph = torch.randint(6, (positions,)), [], []
 
     def fn(z_1, z_2, target):
@@ -497,7 +498,7 @@ def test_head_losses(positions, slice_length, softcap):
         return three_losses(z_1, z_2, target)
 
     found = head_losses(fn, two_sides(*leaves, softcap), (target,), **limit)
-    assert max(lengths) == min(slice_length, positions) and sum(lengths) == positions
+    assert max(lengths) == piece and sum(lengths) == positions
     expected = three_losses(*(dense_logits(h, head) for h, head in two_sides(*leaves, softcap)), target)
     assert found[2] == expected[2] and not found[2].requires_grad
     for a, b in ((1, 0), (0, 1), (1.3, -0.7)):
@@ -505,6 +506,7 @@ def test_head_losses(positions, slice_length, softcap):
         same(total, reference)
         for _ in range(2):  # the graph is kept: the second time gives the same
             same(gradients(total, leaves), gradients(reference, leaves))
+    found = head_losses(fn, two_sides(*leaves, softcap), (target,), **limit)
     total, reference, calls = 0.7 * (found[0] + found[1]), 0.7 * (expected[0] + expected[1]), len(lengths)
     same(gradients(total, leaves), gradients(reference, leaves))
     assert len(lengths) == calls  # equal weights: the forward pass has formed this gradient
