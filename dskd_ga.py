@@ -55,6 +55,7 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import hf_hub_download
 from rouge_score import rouge_scorer
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
@@ -176,11 +177,16 @@ class Side(NamedTuple):
     chunk: torch.Tensor    # (B, n) the number of that token's chunk; negative: none
 
 def fetch(source):
-    """Path of a data file: a local file, or ORG/DATASET/FILE from the hub (downloaded once)."""
+    """Path of a data file: a local file, or ORG/DATASET/FILE from the hub (downloaded once). InputError: the
+    hub does not have it or cannot be reached."""
     parts = source.split("/", 2)
     if os.path.isfile(source) or len(parts) < 3 or os.path.isdir(os.path.dirname(source)):
         return source
-    return hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset")
+    try:
+        return hf_hub_download("/".join(parts[:2]), parts[2], repo_type="dataset")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{source}: found {reason[:300]}, expected a file, here or on the hub") from None
 
 def alpaca_prompt(instruction, context):
     """The Alpaca template, with or without a further context."""
@@ -334,7 +340,7 @@ def load(kind, source, **options):
     """`kind.from_pretrained(source)`. InputError names the source if that fails; no code of it is run."""
     try:
         return kind.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{source}: found {reason[:300]}, expected what {kind.__name__} loads") from None
 
@@ -1001,7 +1007,10 @@ def write_atomically(path, write):
     """`write(file)` into a temporary file, which replaces the path once it is on disk."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        write(file)
+        try:
+            write(file)
+        except RuntimeError as error:  # torch.save's own, which hides what the disk has said
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -1013,7 +1022,10 @@ def write_json(path, value):
 def save_model(model, tokenizer, folder, alignment=None):
     """Writes a folder that transformers' `from_pretrained` reads; alignment: what `--align` needs besides."""
     fresh = folder.with_name(folder.name + ".new")
-    model.save_pretrained(fresh)
+    try:
+        model.save_pretrained(fresh)
+    except SafetensorError as error:
+        raise OSError(f"{fresh}: {error}") from None
     tokenizer.save_pretrained(fresh)
     if alignment:
         torch.save(alignment, fresh / "alignment.pt")

@@ -4,6 +4,8 @@ The oracles know neither padding nor slices: they loop over rows, positions or v
 """
 import argparse
 import functools
+import hashlib
+import http.server
 import itertools
 import json
 import math
@@ -17,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree
 
@@ -1018,6 +1021,9 @@ def test_models_that_would_be_wrong_are_refused(case, tmp_path):
                                 whole / "model.safetensors", dict(format="pt"))
     with pytest.raises(dskd_ga.InputError, match="lacking: found no .*layers.1.mlp"):
         dskd_ga.load_model(str(whole), tokenizer, cpu)
+    (whole / "model.safetensors").write_bytes((case / "teacher" / "model.safetensors").read_bytes()[:-99])
+    with pytest.raises(dskd_ga.InputError, match="lacking: found .*incomplete"):
+        dskd_ga.load_model(str(whole), tokenizer, cpu)
     (whole / "model.safetensors").unlink()
     torch.save(weights, whole / "pytorch_model.bin")  # a pickle of strangers is not read
     for source in (str(whole), str(tmp_path), "no-such-folder"):
@@ -1305,6 +1311,97 @@ def test_a_term_that_is_not_finite_ends_the_run_and_leaves_the_weights(case, tmp
     assert state["step"] == 4 and all(w.isfinite().all() for w in state["model"].values())
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """An empty file system of 12 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def fill_disk(ballast, spare):
+    """Fills the disk with a file, but for so many bytes."""
+    with open(ballast, "wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while file.write(bytes(4096)):
+            pass
+    os.truncate(ballast, ballast.stat().st_size - spare)
+
+
+@pytest.mark.parametrize("spare", [0, 300_000])  # bytes: no room for the log's lines; for part of the state
+def test_a_full_disk_leaves_the_last_good_state(case, tmp_path, small_disk, monkeypatch, spare):
+    settings = dict(method="sft", save_every=2, log_every=2, epochs=0.02, eval_limit=2, eval_seeds=[1])
+    whole, ballast = run(case, tmp_path / "whole", **settings), small_disk / "ballast"
+    backward_passes = dskd_ga.backward_passes
+
+    def fill(model, teacher, data, pads, micro_batches, step, *rest):
+        if step == 4:
+            fill_disk(ballast, spare)
+        return backward_passes(model, teacher, data, pads, micro_batches, step, *rest)
+
+    monkeypatch.setattr(dskd_ga, "backward_passes", fill)
+    with pytest.raises(OSError, match="No space"):
+        run(case, small_disk, **settings)
+    monkeypatch.undo()
+    assert torch.load(small_disk / "sft-10" / "state.pt", weights_only=True)["step"] == 2
+    ballast.unlink()
+    same_end(whole, run(case, small_disk, **settings))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(case, small_disk):
+    tokenizer = dskd_ga.load_tokenizer(str(case / "student"))
+    model = dskd_ga.load_model(str(case / "student"), tokenizer, torch.device("cpu"))
+    dskd_ga.save_model(model, tokenizer, small_disk / "best")
+    before = (small_disk / "best" / "model.safetensors").read_bytes()
+    fill_disk(small_disk / "ballast", 100_000)
+    with pytest.raises(OSError, match="best.new: .*No space"):
+        dskd_ga.save_model(model, tokenizer, small_disk / "best")
+    assert (small_disk / "best" / "model.safetensors").read_bytes() == before
+
+
+def test_the_same_command_gives_the_same_run(case, reference_run, tmp_path):
+    same_end(reference_run, run(case, tmp_path, ga=True, teacher_ready=True))
+
+
+def test_an_unusable_output_folder_is_named(case, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    command = flags(case, tmp_path / "file", method="sft")
+    done = subprocess.run([sys.executable, dskd_ga.__file__, *command], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(tmp_path / "file") in done.stderr
+
+
+def test_more_processes_than_gpus_are_refused(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(dskd_ga.InputError, match="--nproc_per_node: found process 3, expected .* 2 GPUs"):
+        run(case, tmp_path, method="sft")
+
+
+@pytest.mark.parametrize("align", ["cma", "cla", "clp"])
+@pytest.mark.parametrize("matching", [ga_terms, ct_terms])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_degenerate_batches_give_finite_gradients(align, matching, autocast):
+    # a row of one token, a row of none, equal keys everywhere; the teacher's logits are all equal as well
+    proj, adversary = Projectors(4, 3), (Discriminator if matching is ga_terms else Critic)(6)
+    s_mask, t_mask = bools("10", "00", "11"), bools("100", "000", "111")
+    h_s, W_s = torch.randn(3, 2, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    zeros = [torch.zeros(mask.shape, dtype=torch.long) for mask in (s_mask, s_mask, t_mask, t_mask)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = dual_space_losses(
+            proj, h_s, torch.ones(3, 3, 3), *zeros, s_mask, t_mask, torch.ones(5, 4), torch.ones(7, 3), W_s,
+            torch.ones(7, 3), align=align, chunks=torch.zeros(3, 2, 3, dtype=torch.bool), correct_only=False)
+        terms = matching(adversary, out["q"], out["k"], s_mask, t_mask)
+    loss = out["ce"] + out["ce_t2s"] + out["kd_t2s"] + out["kd_s2t"]
+    loss = loss + sum(term for term in terms.values() if term.requires_grad)
+    loss.backward()
+    assert loss.isfinite() and h_s.grad[1].eq(0).all()
+    for leaf in (h_s, W_s, *proj.parameters(), *adversary.parameters()):
+        assert leaf.grad is None or leaf.grad.isfinite().all()
+
+
 def test_fresh_starts_over_and_keeps_the_old_run(case, tmp_path):
     short = dict(method="sft", eval_limit=2, eval_seeds=[1])
     run(case, tmp_path, **short)
@@ -1529,6 +1626,92 @@ def test_kd_wants_heads_of_one_size(case, tmp_path):
         run(case, tmp_path / "out", method="kd", teacher=tmp_path / "wide", teacher_ready=True)
     assert not (tmp_path / "out").exists()  # nothing was trained
     dskd_ga.check_pair(dskd_ga.parse(flags(case, "", method="dskd", teacher=tmp_path / "wide")))
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A stand-in of the hub: files of its server's `folder` as ORG/NAME/FILE, under one commit."""
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_HEAD(self):
+        self.server.asked.append(f"{self.command} {self.path}")
+        path = re.sub("^/(api/)?(datasets/|models/)?", "", self.path).split("/")
+        repo, rest = self.server.folder.joinpath(*path[:2]), path[2:]
+        file = repo.joinpath(*rest[2:])  # after resolve/REVISION
+        found = rest[:1] == ["resolve"] and file.is_file()
+        body = file.read_bytes() if found else b""
+        self.send_response(200 if found else 404)
+        if found:
+            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        else:
+            self.send_header("X-Error-Code", "EntryNotFound" if repo.is_dir() else "RepoNotFound")
+        self.send_header("X-Repo-Commit", self.COMMIT)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        return body
+
+    def do_GET(self):
+        self.wfile.write(self.do_HEAD())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(case, tmp_path):
+    """A running `Hub` with two models and the five data sets under their real names; it collects requests."""
+    folder = tmp_path / "served"
+    for name in ("student", "teacher"):
+        shutil.copytree(case / name, folder / "tiny" / name)
+    for source in dskd_ga.TEST_SETS:
+        file = folder / source.partition("=")[2]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(case / "seen.jsonl", file)
+    shutil.copy(case / "raw.jsonl", folder / "MiniLLM" / "dolly")
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Hub)
+    server.folder, server.asked = folder, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def from_hub(hub, tmp_path, offline=False, **settings):
+    """The script, with models and data by id, in a process that knows no other hub."""
+    base = dict(student="tiny/student", teacher="tiny/teacher", teacher_ready=True, dev_rows=8, batch_size=8,
+                epochs=0.004, eval_limit=2, eval_seeds=[1], max_new_tokens=4, out=tmp_path / "out")
+    command = []
+    for name, value in (base | settings).items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        command += [f"--{name.replace('_', '-')}", *map(str, values)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= dict(HF_ENDPOINT=f"http://localhost:{hub.server_port}", HF_HOME=str(tmp_path / "home"),
+                        HF_HUB_OFFLINE=str(int(offline)), OMP_NUM_THREADS="1")
+    return subprocess.run([sys.executable, dskd_ga.__file__, *command], env=environment, capture_output=True,
+                          text=True, timeout=100)
+
+
+def test_models_and_data_come_from_the_hub_once(hub, tmp_path):
+    first = from_hub(hub, tmp_path)
+    assert first.returncode == 0, first.stderr
+    got = sorted(request.rpartition("/")[2] for request in hub.asked if request.startswith("GET"))
+    assert got.count("model.safetensors") == 2 and got.count("valid.jsonl") == 5 and got.count("raw.jsonl") == 1
+    hub.asked.clear()
+    again = from_hub(hub, tmp_path, offline=True, seed=11)
+    assert again.returncode == 0, again.stderr
+    scores = [json.loads((tmp_path / "out" / f"cma-skl-{seed}" / "eval.json").read_text()) for seed in (10, 11)]
+    assert all(list(score["rougeL"]) == ["Dolly", "SelfInst", "Vicuna", "S-NI", "UnNI", "OOD", "All"]
+               for score in scores)
+    unknown = from_hub(hub, tmp_path, offline=True, tests=["own=MiniLLM/dolly/other.jsonl"])
+    assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1 and "other.jsonl" in unknown.stderr
+    assert not hub.asked
+
+
+@pytest.mark.parametrize("settings, wanted", [
+    (dict(student="tiny/nothing"), "tiny/nothing"), (dict(data="tiny/nothing"), "raw.jsonl"),
+    (dict(tests=["own=MiniLLM/dolly/nothing.jsonl"]), "nothing.jsonl")], ids=str)
+def test_what_the_hub_does_not_have_is_named(hub, tmp_path, settings, wanted):
+    done = from_hub(hub, tmp_path, **settings)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and wanted in done.stderr, done.stderr
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path):
