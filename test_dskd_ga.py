@@ -21,10 +21,13 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import xml.etree.ElementTree
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import safetensors.torch
 import tokenizers
@@ -833,6 +836,96 @@ def case(tmp_path_factory):
     folder = tmp_path_factory.mktemp("case")
     dskd_ga.write_demo(folder, 3)
     return folder
+
+
+fuzzed = lambda examples: hypothesis.settings(
+    max_examples=examples, deadline=None, database=None, derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow])
+texts = st.one_of(st.text(max_size=30), st.text("a é\u0301😀你\u200f\u05d0\u0000\u2028\r\n0", max_size=30))
+values = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts, st.sampled_from(
+    ["\ud800", "a\udfffb", "\ufeff"])), lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=2)), max_leaves=4)
+objects = st.one_of(values, st.fixed_dictionaries({}, optional=dict(
+    prompt=st.one_of(texts, values), instruction=st.one_of(texts, values), input=st.one_of(texts, values),
+    output=st.one_of(texts, values, st.lists(texts, max_size=3)))))
+
+
+@st.composite
+def json_lines(draw):
+    """Lines of bytes: JSON, some of it with bytes replaced, and now and then anything."""
+    lines = []
+    for value in draw(st.lists(objects, min_size=1, max_size=3)):
+        line = bytearray(json.dumps(value, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass"))
+        if line and draw(st.integers(0, 3)) == 0:
+            start = draw(st.integers(0, len(line) - 1))
+            line[start:start + draw(st.integers(0, 3))] = draw(st.binary(max_size=3))
+        lines.append(bytes(line).replace(b"\n", b" "))
+    return draw(st.sampled_from([b"", b"\xef\xbb\xbf"])) + draw(st.sampled_from([b"\n", b"\r\n"])).join(lines)
+
+
+def plain_row(line):
+    """(prompt, references) of a line of bytes, or an exception of any kind if it is no row."""
+    value = json.loads(line.decode("utf-8-sig"))
+    prompt, output, context = value.get("prompt"), value["output"], value.get("input", "")
+    if "prompt" not in value:
+        prompt = value["instruction"]
+        whole = dskd_ga.alpaca_prompt(prompt, context)
+    references = output if isinstance(output, list) else [output]
+    for text in (prompt, *references, context or "-"):
+        assert isinstance(text, str) and text and references and isinstance(context, str)
+        text.encode()  # fails for half a surrogate pair
+    return (prompt if "prompt" in value else whole), references
+
+
+@fuzzed(3000)
+@hypothesis.given(json_lines())
+def test_lines_of_any_bytes_are_read_or_named(tmp_path, content):
+    path, expected, broken = tmp_path / "rows.jsonl", [], None
+    path.write_bytes(content)
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line or number == 1:
+            try:
+                expected.append(plain_row(line))
+            except Exception:
+                broken = number
+                break
+    if broken is None:
+        assert dskd_ga.read_rows(path) == expected
+    else:
+        with pytest.raises(dskd_ga.InputError, match=f"rows.jsonl, line {broken}[,:]") as caught:
+            dskd_ga.read_rows(path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.fixture(scope="session")
+def pair(case):
+    return [dskd_ga.load_tokenizer(str(case / name)) for name in ("student", "teacher")]
+
+
+@fuzzed(1000)
+@hypothesis.given(texts.filter(bool), texts.filter(bool), st.integers(1, 60))
+def test_any_text_is_cut_into_tokens_and_chunks_of_itself(pair, prompt, output, max_length):
+    normal = functools.partial(unicodedata.normalize, "NFC")  # as the teacher's tokenizer, Qwen2's, does
+    sides, keep = dskd_ga.training_data([dskd_ga.Row(prompt, [output])], pair, 50, max_length)
+    for tokenizer, (example,) in zip(pair, sides if keep else ()):
+        assert len(example.ids) <= max_length
+        assert normal(tokenizer.decode(example.ids[:example.start])) == normal(prompt)
+        response = example.ids[example.start:]
+        ended = response[-1] == tokenizer.eos_token_id
+        text, whole = normal(tokenizer.decode(response[:-1] if ended else response)), normal(output)
+        assert text == whole if ended else whole.startswith(text)
+        assert len(example.spans) == len(example.chunk) == len(response)
+        assert example.chunk == sorted(example.chunk, key=lambda number: (number < 0, number))
+    if keep:
+        extents = []
+        for (example,) in sides:
+            spans = {}
+            for (start, end), number in zip(example.spans, example.chunk):
+                old = spans.get(number, (start, end))
+                spans[number] = min(start, old[0]), max(end, old[1])
+            extents.append(spans)
+        for number in extents[0].keys() & extents[1].keys():  # both sides read the same text there
+            assert extents[0][number] == extents[1][number]
 
 
 def test_examples_hold_the_text_and_end_in_end_of_text(case):
