@@ -355,10 +355,10 @@ def load_tokenizer(source):
 
 @torch.no_grad()
 def load_model(source, tokenizer, device, dtype=None, dropout=None):
-    """A causal language model in evaluation mode, in dtype (default: bf16 on CUDA, float32 on the CPU), with
+    """A causal language model in evaluation mode, in dtype (default: the device's `precision`), with
     every dropout rate set (default: its own). InputError if weights are missing, if it has fewer embeddings
     than the tokenizer has tokens, or if its own logits are not what its trunk and its `Head` give."""
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or precision(device)
     config = load(AutoConfig, source)
     for key, value in config.to_dict().items():
         if dropout is not None and "drop" in key and isinstance(value, float):
@@ -881,9 +881,15 @@ def seed_torch(*numbers):
     the number of processes changes dropout."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
+def precision(device):
+    """bf16 on CUDA, fp16 on GPUs without it; float32 on the CPU, where halves are far slower."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
 def autocast(device):
-    """bf16 products on CUDA; float32 on the CPU, where bf16 is far slower."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """Products in the device's `precision`."""
+    return torch.autocast(device.type, precision(device), enabled=precision(device) != torch.float32)
 
 class Distiller(nn.Module):
     """Everything that is trained: the student and, if the method has them, projectors and adversary."""
@@ -1131,13 +1137,16 @@ def log_lines(steps, seconds):
         n_s, n_t = line["tokens"], line.pop("teacher_tokens")
         line |= {name: value / (n_t if name.endswith("_k") else n_s) for name, value in zip(names, values)}
         line |= dict(grad_norm=norm.item(), tokens_per_s=n_s * len(steps) / seconds, memory_gb=peak)
+        if line.get("loss_scale", 0) > 1 and not math.isfinite(line["grad_norm"]):
+            line["grad_norm"] = 0.0  # an overflow of fp16: the step was left out, the scale is halved
     return [line for line, _, _ in steps]
 
-def backward_passes(model, teacher, data, pads, micro_batches, step, args, device, cache=None):
+def backward_passes(model, teacher, data, pads, micro_batches, step, args, device, scaler, cache=None):
     """Leaves an optimiser step's gradient in the parameters; returns numbers and device sums for the log.
 
     data: lists of `Example`s, the student's and (with a teacher) the teacher's. pads: their padding ids.
-    micro_batches: lists of row indices, of which this process takes its share. cache: `TeacherCache`.
+    micro_batches: lists of row indices, of which this process takes its share. scaler: `GradScaler`, of the
+    gradient if precision is fp16. cache: `TeacherCache`.
     """
     rank, processes = world()
     counts = [sum(len(side[i].spans) for rows in micro_batches for i in rows) for side in data]
@@ -1153,7 +1162,8 @@ def backward_passes(model, teacher, data, pads, micro_batches, step, args, devic
             with autocast(device):
                 h_t = cache(micro_batches[m], device) if cache else None
                 loss, terms = model(s, t, teacher, counts[0], counts[-1], h_t)
-            (loss * processes).backward()  # DistributedDataParallel takes the mean; the counts are global
+            # DistributedDataParallel takes the mean over processes; the counts are global
+            scaler.scale(loss * processes).backward()
         for name, value in (terms | dict(loss=loss.detach() * counts[0])).items():
             sums[name] = sums.get(name, 0) + value
     return dict(tokens=counts[0], teacher_tokens=counts[-1], padding=1 - read / padded), sums
@@ -1194,7 +1204,9 @@ def train(args, folder, device, teacher_source=None):
     model = Distiller(student, teacher, args, vocabulary).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=1e-7)
-    parts = dict(model=model, optimizer=optimizer, schedule=schedule)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
+    parts = dict(model=model, optimizer=optimizer, schedule=schedule) | (
+        dict(scaler=scaler) if scaler.is_enabled() else {})
     state_path, log_path = folder / "state.pt", folder / "log.jsonl"
     done, best = load_state(state_path, parts, device) if state_path.exists() else (0, -1.0)
     if rank == 0:
@@ -1249,10 +1261,14 @@ def train(args, folder, device, teacher_source=None):
         for step, micro_batches in enumerate(bar, done + 1):
             model.train()
             line, sums = backward_passes(
-                parallel, teacher, data, pads, micro_batches, step, args, device, cache)
+                parallel, teacher, data, pads, micro_batches, step, args, device, scaler, cache)
+            if scaler.is_enabled():
+                line["loss_scale"] = scaler.get_scale()
+            scaler.unscale_(optimizer)
             norm, lr = nn.utils.clip_grad_norm_(model.parameters(), args.clip), schedule.get_last_lr()[0]
             optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()  # 1: weights stay
             optimizer.step()
+            scaler.update()
             schedule.step()
             optimizer.zero_grad()
             pending.append((dict(step=step, epoch=step / epoch_steps, lr=lr) | line, sums, norm))

@@ -1495,6 +1495,45 @@ def test_degenerate_batches_give_finite_gradients(align, matching, autocast):
         assert leaf.grad is None or leaf.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("settings", [dict(ga=True), dict(ct=True, div="srkl"), dict(method="uld")], ids=str)
+def test_half_precision_trains_as_float32_does(case, tmp_path, monkeypatch, dtype, settings):
+    settings = dict(teacher_ready=True, eval_limit=2, eval_seeds=[1], lr=1e-3) | settings
+    expected = log(run(case, tmp_path / "float32", **settings))
+    monkeypatch.setattr(dskd_ga, "precision", lambda device: dtype)
+    found = log(run(case, tmp_path / "half", **settings))
+    for a, b in zip(expected, found, strict=True):
+        for name in {"loss", "ce", "kd_t2s", "kd_s2t", "grad_norm", "dev_loss"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=0.1 if name == "grad_norm" else 0.03), name
+
+
+def test_an_overflow_of_fp16_leaves_the_step_out_and_halves_the_scale(case, tmp_path, monkeypatch):
+    settings = dict(method="sft", epochs=0.02, eval_limit=2, eval_seeds=[1], save_every=4, log_every=1)
+    monkeypatch.setattr(dskd_ga, "precision", lambda device: torch.float16)
+    backward_passes, weights = dskd_ga.backward_passes, {}
+
+    def overflow(model, teacher, data, pads, micro_batches, step, *rest):
+        weights[step] = next(model.parameters()).detach().clone()
+        result = backward_passes(model, teacher, data, pads, micro_batches, step, *rest)
+        if step in (3, 5):
+            next(model.parameters()).grad[0, 0] = INF
+        if step == 6 and stops:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(dskd_ga, "backward_passes", overflow)
+    stops = False
+    whole = run(case, tmp_path / "whole", **settings)
+    scales = {line["step"]: line["loss_scale"] for line in log(whole) if "loss_scale" in line}
+    assert [scales[step] for step in range(1, 8)] == [2 ** 16] * 3 + [2 ** 15] * 2 + [2 ** 14] * 2
+    assert torch.equal(weights[3], weights[4]) and not torch.equal(weights[4], weights[5])
+    stops = True
+    with pytest.raises(KeyboardInterrupt):
+        run(case, tmp_path / "stopped", **settings)
+    stops = False
+    same_end(whole, run(case, tmp_path / "stopped", **settings))
+
+
 def test_fresh_starts_over_and_keeps_the_old_run(case, tmp_path):
     short = dict(method="sft", eval_limit=2, eval_seeds=[1])
     run(case, tmp_path, **short)
@@ -1591,7 +1630,8 @@ def test_every_parameter_is_in_one_group_and_moves(case):
     before = [{name: p.detach().clone() for name, p in m.named_parameters()} for m in (model, teacher)]
     data, _ = dskd_ga.training_data(dskd_ga.read_rows(str(case / "raw.jsonl"), 8), tokenizers, 256, 512)
     line, sums = dskd_ga.backward_passes(
-        model, teacher, data, [0, 0], [[0, 1, 2, 3], [4, 5, 6, 7]], 0, args, cpu
+        model, teacher, data, [0, 0], [[0, 1, 2, 3], [4, 5, 6, 7]], 0, args, cpu,
+        torch.amp.GradScaler("cpu", enabled=False)
     )
     assert line["tokens"] == sum(len(example.spans) for example in data[0])
     torch.optim.AdamW(groups).step()
