@@ -1154,7 +1154,8 @@ def backward_passes(model, teacher, data, pads, micro_batches, step, args, devic
     for m in range(rank, len(micro_batches), processes):
         examples = [[side[i] for i in micro_batches[m]] for side in data]
         s, t = ([collate(rows, pad, device) for rows, pad in zip(examples, pads)] + [None])[:2]
-        padded, read = padded + s.ids.numel(), read + sum(len(example.ids) - 1 for example in examples[0])
+        padded += sum(side.ids.numel() for side in (s, t) if side)
+        read += sum(len(example.ids) - 1 for rows in examples for example in rows)
         seed_torch(args.seed, step, m)
         # gradients are exchanged once a step, in the backward pass of the process's last micro-batch
         wait = processes > 1 and m + processes < len(micro_batches)

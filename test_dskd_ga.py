@@ -1163,23 +1163,30 @@ def flags(case, out, **settings):
     return found
 
 
-def run(case, out, processes=1, **settings):
-    """The script on one process here, or on several by torchrun; returns the folder of its run."""
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def run(case, out, processes=1, nodes=1, **settings):
+    """The script on one process here, or by torchrun on several, of each of several nodes; returns the folder
+    of its run."""
     arguments = flags(case, out, **settings)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    if processes == 1:
+    if processes * nodes == 1:
         dskd_ga.main(arguments)
     else:
-        subprocess.run([*launch, dskd_ga.__file__, *arguments], check=True,
-                       env=os.environ | dict(OMP_NUM_THREADS="1"))
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        launch += [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
+        agents = [subprocess.Popen([*launch, dskd_ga.__file__, *arguments],
+                                   env=os.environ | dict(OMP_NUM_THREADS="1")) for _ in range(nodes)]
+        assert [agent.wait(timeout=300) for agent in agents] == [0] * nodes
     return next(path.parent for path in out.glob("*/eval.json"))
 
 
 def two_processes(commands):
     """Two processes with the command lines one after the other, each with a meeting point of its own."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     code = ("import json, os, sys, dskd_ga\n"
             "for n, command in enumerate(json.loads(sys.argv[1])):\n"
             "    os.environ['MASTER_PORT'] = str(int(sys.argv[2]) + n)\n"
@@ -1204,11 +1211,12 @@ def reference_run(case, tmp_path_factory):
     return run(case, tmp_path_factory.mktemp("reference"), ga=True, teacher_ready=True)
 
 
-@pytest.mark.parametrize("processes, micro_batch", [(1, 8), (1, 1), (2, 4), (4, 2)])
-def test_the_cut_into_micro_batches_and_processes_changes_nothing(
-    case, reference_run, tmp_path, processes, micro_batch
+@pytest.mark.parametrize("nodes, processes, micro_batch", [
+    (1, 1, 8), (1, 1, 1), (1, 2, 4), (1, 4, 2), (2, 1, 4), (2, 2, 2)])
+def test_the_cut_into_micro_batches_processes_and_nodes_changes_nothing(
+    case, reference_run, tmp_path, nodes, processes, micro_batch
 ):
-    folder = run(case, tmp_path, processes, micro_batch=micro_batch, ga=True, teacher_ready=True)
+    folder = run(case, tmp_path, processes, nodes, micro_batch=micro_batch, ga=True, teacher_ready=True)
     expected, found = log(reference_run), log(folder)
     assert len(expected) == len(found) and [line["step"] for line in found if "loss" in line] == [
         1,
