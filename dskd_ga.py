@@ -672,8 +672,8 @@ class HeadLosses(torch.autograd.Function):
         learns = [any(n // 3 == j for n in wanted) for j in sides]
         groups, grads, sums, trained = {}, {n: torch.zeros_like(tensors[n]) for n in wanted}, [], []
         for j in sides:  # sides with one head share a product: its weight is read once
-            key = [t if t is None else t.data_ptr() for t in tensors[3 * j + 1:3 * j + 3]]
-            groups.setdefault(tuple(key), []).append(j)
+            key = tuple(t is not None and (t.data_ptr(), t.shape) for t in tensors[3 * j + 1:3 * j + 3])
+            groups.setdefault(key, []).append(j)
 
         def losses(logits, *rows):  # of a piece of a slice, whose logits make way for their gradients
             leaves = [z.detach().requires_grad_(learn) for z, learn in zip(logits, learns)]
@@ -879,7 +879,10 @@ def world():
 def seed_torch(*numbers):
     """Seeds torch by what is computed (step and micro-batch), not by what ran before: neither a restart nor
     the number of processes changes dropout."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes milliseconds where there is no GPU
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(seed)
 
 def precision(device):
     """bf16 on CUDA, fp16 on GPUs without it; float32 on the CPU, where halves are far slower."""
