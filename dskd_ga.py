@@ -1225,7 +1225,7 @@ def train(args, folder, device, teacher_source=None):
         dev_pairs, _ = training_data(dev_rows[:DEV_ALIGNED], tokenizers, *limits)
 
     def validate(step):
-        """Logs dev loss and ROUGE-L; keeps the student if it is the best so far."""
+        """Logs dev loss and ROUGE-L; keeps the student if it is the best so far that was trained."""
         nonlocal best
         model.eval()
         _, scores = generate(student, tokenizers[0], dev_rows, args.seed, args)
@@ -1239,9 +1239,10 @@ def train(args, folder, device, teacher_source=None):
             alignment = dict(teacher=teacher_source, method=args.method, proj=model.proj.state_dict(),
                              normalise_queries=args.normalise_queries, numbers=numbers)
         append_log(log_path, [dict(step=step, dev_loss=loss) | {f"dev_{k}": v for k, v in scores.items()}])
-        if rank == 0 and scores["rougeL"] > best:
-            save_model(student, tokenizers[0], folder / "best", alignment)
-        best = max(best, scores["rougeL"])
+        if step and scores["rougeL"] > best:
+            best = scores["rougeL"]
+            if rank == 0:
+                save_model(student, tokenizers[0], folder / "best", alignment)
 
     if done == 0:
         dropped = len(rows) - args.dev_rows - len(kept_rows)
