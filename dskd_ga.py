@@ -1741,6 +1741,7 @@ def experiment(args, device):
         check_pair(args)
         teacher = args.teacher
         if not args.teacher_ready:  # one teacher for all runs, whatever their seed
+            load_model(args.student, load_tokenizer(args.student), device)  # a wrong one is told now
             tuning = dict(method="sft", student=teacher, epochs=args.teacher_epochs, lr=args.teacher_lr,
                           seed=10, fresh=False)
             teacher = str(train(argparse.Namespace(**vars(args) | tuning),

@@ -1473,6 +1473,14 @@ def test_an_unusable_output_folder_is_named(case, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(tmp_path / "file") in done.stderr
 
 
+def test_a_student_without_weights_is_told_before_the_teacher_is_fine_tuned(case, tmp_path):
+    bare = shutil.copytree(case / "student", tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    with pytest.raises(dskd_ga.InputError, match="bare: found "):
+        run(case, tmp_path / "out", student=bare, teacher_epochs=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_processes_than_gpus_are_refused(case, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
