@@ -586,21 +586,21 @@ class Discriminator(nn.Module):
                                  nn.Linear(hidden, 1))
 
     def forward(self, x):
-        z = self.highway(x)
-        g = z.sigmoid()
-        return self.mlp(g * z.relu() + (1 - g) * x).squeeze(-1)
+        z = self.highway(x).to(x.dtype)
+        return self.mlp(torch.lerp(x, z.relu(), z.sigmoid())).squeeze(-1)
 
-def ga_terms(disc, q, k, s_mask, t_mask):
+def ga_terms(disc, q, k, s_mask, t_mask, real=None):
     """Sums behind `ga_loss` and the log, scalars: `ga_q`, `ga_k` (cross-entropies), `d_q`, `d_k` (D's
-    probability of "a query"), `accuracy_q`, `accuracy_k` (how many vectors D names rightly)."""
+    probability of "a query"), `accuracy_q`, `accuracy_k` (how many vectors D names rightly). real: see
+    `dual_space_losses`."""
     # One backward pass for max_D and min_{P_Q}: D descends its cross-entropy; the queries pass through the
     # identity 2 sg(q) - q, whose gradient is -1, so that P_Q ascends it. The keys are constants.
-    q, k = zero_padding(q, s_mask), zero_padding(k.detach(), t_mask)
+    s_real, t_real = real or (real_positions(s_mask), real_positions(t_mask))
+    q, k = q.flatten(0, 1)[s_real], k.detach().flatten(0, 1)[t_real]
     z_q, z_k = full_precision(disc(2 * q.detach() - q)), full_precision(disc(k))
-    terms_q = dict(ga_q=F.softplus(-z_q), d_q=z_q.detach().sigmoid(), accuracy_q=z_q > 0)   # -log D(q)
-    terms_k = dict(ga_k=F.softplus(z_k), d_k=z_k.detach().sigmoid(), accuracy_k=z_k <= 0)   # -log(1 - D(k))
-    return {name: (term * mask).sum() for terms, mask in ((terms_q, s_mask), (terms_k, t_mask))
-            for name, term in terms.items()}
+    terms = dict(ga_q=F.softplus(-z_q), d_q=z_q.detach().sigmoid(), accuracy_q=z_q > 0,    # -log D(q)
+                 ga_k=F.softplus(z_k), d_k=z_k.detach().sigmoid(), accuracy_k=z_k <= 0)    # -log(1 - D(k))
+    return {name: term.sum() for name, term in terms.items()}
 
 def ga_loss(disc, q, k, s_mask, t_mask):
     """L_KQ, eq. (14), as cross-entropy: D(q) -> 1, D(k) -> 0, each a mean over its side's real positions.
@@ -688,14 +688,14 @@ class HeadLosses(torch.autograd.Function):
                 for j, grad in zip(asked, found):
                     logits[j].copy_(grad)
 
-        for start in range(0, max(len(tensors[0]), 1), step):
-            part, logits = slice(start, start + step), {}
+        def add_slice(part):  # a function, so that one slice's logits are gone when the next one's come
+            logits = {}
             for group in groups.values():
                 weight, bias = compute[3 * group[0] + 1:][:2]
                 product = F.linear(torch.stack([compute[3 * j][part] for j in group]), weight, bias)
                 logits |= zip(group, product)
             logits = [logits[j] for j in sides]
-            piece = max(1, step // 8)
+            piece = max(1, step // 32)
             for pieces in zip(*(x.split(piece) for x in (*logits, *(row[part] for row in rows)))):
                 losses(pieces[:len(sides)], *pieces[len(sides):])
             for n in wanted if trained else ():
@@ -708,6 +708,9 @@ class HeadLosses(torch.autograd.Function):
                     grads[n].addmm_(dz.mT, h[part])  # in place: there is no second (V, d)
                 else:
                     grads[n] += dz.mT @ h[part]
+
+        for start in range(0, max(len(tensors[0]), 1), step):
+            add_slice(slice(start, start + step))
         return tuple(map(sum, zip(*sums))), grads, trained
 
     @staticmethod
@@ -728,7 +731,7 @@ def head_losses(fn, sides, rows=(), max_logits=2 ** 24):
 
     fn: (logits_1, ..., logits_J, *rows) -> tuple of scalars, each a sum over the positions it is given.
     sides: J pairs of hidden states (N, d_j) and `Head`. rows: further tensors (N, ...), sliced likewise.
-    max_logits: how many logits of one side may exist at a time, the losses' own tensors for an eighth of
+    max_logits: how many logits of one side may exist at a time, the losses' own tensors for 1/32 of
         them; it changes no result but rounding.
     """
     step = max(1, max_logits // max(len(head.weight) for _, head in sides))
@@ -939,8 +942,8 @@ class Distiller(nn.Module):
         loss = 0.5 * (out["ce"] + out["kd_s2t"] + out["kd_t2s"] + out["ce_t2s"]) / n_s      # (9)
         terms = {name: out[name] for name in ("ce", "ce_t2s", "kd_t2s", "kd_s2t", "n_correct")}
         if self.adversary is not None:
-            name, sums = ("ga", ga_terms) if args.ga else ("ct", ct_terms)
-            terms |= sums(self.adversary, out["q"], out["k"], s.mask, t.mask)
+            name, pair = "ga" if args.ga else "ct", (self.adversary, out["q"], out["k"], s.mask, t.mask)
+            terms |= ga_terms(*pair, shared["real"]) if args.ga else ct_terms(*pair)
             # the authors' code divides by the tokens of their micro-batch, of 4 rows, once more
             weight = args.kq_weight / (4 * n_s / args.batch_size if args.released_kq else 1)
             loss = loss + weight * (terms[f"{name}_q"] / n_s + terms[f"{name}_k"] / n_t)    # (14)-(16)
