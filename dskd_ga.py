@@ -56,6 +56,7 @@ import transformers
 from huggingface_hub import hf_hub_download
 from rouge_score import rouge_scorer
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
@@ -1362,8 +1363,8 @@ def sample(model, prompts, uniforms, end, no_repeat_ngram=0):
     return [text[len(prompt):] for text, prompt in zip(texts, prompts)]
 
 def generate(model, tokenizer, rows, seed, args, no_repeat_ngram=0):
-    """A response to each `Row`, sampled at temperature 1, and the `row_scores`. What a row gets depends on
-    seed and place in the list, neither on its batch (but for rounding) nor on the number of processes."""
+    """A response to each `Row`, sampled at temperature 1, and the rows' scores by name. What a row gets
+    depends on seed and place in the list, neither on its batch (but for rounding) nor on processes."""
     rank, processes = world()
     lead, end = leading_tokens(tokenizer), tokenizer.eos_token_id
     encoded = tokenizer([row.prompt for row in rows], add_special_tokens=False, verbose=False)["input_ids"]
@@ -1378,24 +1379,28 @@ def generate(model, tokenizer, rows, seed, args, no_repeat_ngram=0):
     for batch in batches[rank::processes]:
         uniforms = np.stack([np.random.default_rng((seed, i)).random(args.max_new_tokens) for i in batch])
         ids = sample(model, [encoded[i] for i in batch], uniforms, end, no_repeat_ngram)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        mine += zip(batch, texts, *row_scores(texts, [rows[i].references for i in batch]).values())
+        mine += zip(batch, tokenizer.batch_decode(ids, skip_special_tokens=True))
+    spare = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    helpers = min(spare, len(mine) // 128)  # for fewer rows they take longer to start than they save
+    options = dict(num_workers=helpers, multiprocessing_context="fork") if helpers > 1 else {}
+    scored = itertools.chain.from_iterable(DataLoader(
+        [(text, rows[i].references) for i, text in mine], batch_size=16, collate_fn=score_pairs, **options))
+    mine = [(*pair, *scores) for pair, scores in zip(mine, scored)]
     if processes > 1:
         dist.all_gather_object(shares, mine)
     _, texts, rouge, exact = zip(*sorted(itertools.chain(*shares) if processes > 1 else mine))
     return list(texts), dict(rougeL=list(rouge), exact_match=list(exact))
 
-def row_scores(predictions, references):
-    """The values in percent of each row that `rouge_l` takes the means of."""
+def score_pairs(pairs):
+    """ROUGE-L and exact match, in percent, of each (prediction, references), see `rouge_l`."""
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
     def normal(text):
         return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
 
-    pairs = list(zip(predictions, references, strict=True))
-    rouge = [max(scorer.score(ref, text)["rougeL"].fmeasure for ref in refs) for text, refs in pairs]
-    exact = [any(normal(ref) == normal(text) for ref in refs) for text, refs in pairs]
-    return dict(rougeL=[100 * value for value in rouge], exact_match=[100 * value for value in exact])
+    return [(100 * max(scorer.score(reference, text)["rougeL"].fmeasure for reference in references),
+             100 * any(normal(reference) == normal(text) for reference in references))
+            for text, references in pairs]
 
 def rouge_l(predictions, references):
     """ROUGE-L F1 with Porter's stemmer, exact match of lower-case text without punctuation, as in MiniLLM.
@@ -1403,7 +1408,8 @@ def rouge_l(predictions, references):
     predictions: N texts; references: N lists of texts, of which the best counts. Returns `rougeL` and
     `exact_match`, means in percent. ValueError: the two differ in number.
     """
-    return {name: statistics.fmean(values) for name, values in row_scores(predictions, references).items()}
+    rouge, exact = zip(*score_pairs(zip(predictions, references, strict=True)))
+    return dict(rougeL=statistics.fmean(rouge), exact_match=statistics.fmean(exact))
 
 def read_test_sets(args):
     """The rows of each test set, by name. InputError for what is not NAME=FILE."""

@@ -1962,10 +1962,28 @@ def test_a_sample_depends_on_seed_and_row_alone(case):
     texts = {(tokens, seed): dskd_ga.generate(model, tokenizer, rows, seed, argparse.Namespace(
         eval_tokens=tokens, **limits)) for tokens in (1, 60, 999) for seed in (1, 2)}
     assert texts[1, 1] == texts[60, 1] == texts[999, 1] and texts[1, 2] == texts[999, 2] != texts[1, 1]
-    assert texts[1, 1][1] == dskd_ga.row_scores(texts[1, 1][0], [row.references for row in rows])
+    scores = dskd_ga.score_pairs((text, row.references) for text, row in zip(texts[1, 1][0], rows))
+    assert list(zip(*texts[1, 1][1].values())) == scores
     end_only = dskd_ga.Row(tokenizer.decode(tokenizer.encode(rows[2].prompt)[-20:]), ["a"])
     one = dskd_ga.generate(model, tokenizer, [rows[0], rows[1], end_only], 1, argparse.Namespace(eval_tokens=999, **limits))
     assert one == texts[1, 1]  # of a long prompt the end counts
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_many_rows_are_scored_in_parallel_processes(case, monkeypatch):
+    tokenizer = dskd_ga.load_tokenizer(str(case / "student"))
+    model = dskd_ga.load_model(str(case / "student"), tokenizer, torch.device("cpu"))
+    rows = [dskd_ga.Row(f"What is {n} plus {n}?", [f"{n} plus {n}", "1 2 3"]) for n in range(260)]
+    args = argparse.Namespace(max_prompt=20, max_new_tokens=6, eval_tokens=999)
+    texts, scores = dskd_ga.generate(model, tokenizer, rows, 1, args)
+    assert list(zip(*scores.values())) == dskd_ga.score_pairs(zip(texts, [row.references for row in rows]))
+    assert len(set(scores["rougeL"])) > 3
+    monkeypatch.setattr(dskd_ga, "score_pairs", lambda pairs: [(os.getpid(), len(pairs))] * len(pairs))
+    _, scores = dskd_ga.generate(model, tokenizer, rows, 1, args)
+    assert os.getpid() not in scores["rougeL"] and len(set(scores["rougeL"])) == 2
+    assert max(scores["exact_match"]) == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")  # processes of one machine share its cores
+    assert set(dskd_ga.generate(model, tokenizer, rows, 1, args)[1]["rougeL"]) == {os.getpid()}
 
 
 def test_averages_and_the_papers_rows():
