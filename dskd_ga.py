@@ -59,6 +59,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 # 1. Arguments: the defaults are the paper's setting =========================================================
 TEST_SETS = ["Dolly=MiniLLM/dolly/valid.jsonl", "SelfInst=MiniLLM/self-inst/valid.jsonl",
@@ -1333,16 +1334,33 @@ def sample(model, prompts, uniforms, end, no_repeat_ngram=0):
     no_repeat_ngram: no n-gram of that size comes twice in prompt and response; 0: no such rule.
     """
     size, device, texts = no_repeat_ngram, model.device, [list(prompt) for prompt in prompts]
-    gaps = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[end] * gap + prompt for gap, prompt in zip(gaps, prompts)], device=device)
-    mask = torch.tensor([[0] * gap + [1] * len(prompt) for gap, prompt in zip(gaps, prompts)], device=device)
-    cache, alive = DynamicCache(config=model.config), list(range(len(prompts)))
-    for t in range(uniforms.shape[1]):
+
+    def read(ids, mask, cache):  # -> the last position's hidden states
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
         with autocast(device):
-            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions,
-                                         past_key_values=cache, use_cache=True).last_hidden_state
-            logits = head_of(model)(hidden[:, -1])
+            return model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions,
+                                       past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+
+    parts, layers = [], DynamicCache(config=model.config).layers
+    few = 8 if all(isinstance(layer, DynamicLayer) for layer in layers) else len(prompts)
+    for start in range(0, len(prompts), few):  # read apart, so that less is padded, and then joined
+        some = prompts[start:start + few]
+        gaps = [max(map(len, some)) - len(prompt) for prompt in some]
+        ids = torch.tensor([[end] * gap + prompt for gap, prompt in zip(gaps, some)], device=device)
+        mask = torch.tensor([[0] * gap + [1] * len(prompt) for gap, prompt in zip(gaps, some)], device=device)
+        cache = DynamicCache(config=model.config)
+        parts.append((read(ids, mask, cache), mask, cache))
+    hidden, masks, caches = zip(*parts)
+    hidden, cache = torch.cat(hidden), max(caches, key=lambda cache: cache.get_seq_length())
+    mask = torch.cat([F.pad(mask, (max(map(len, prompts)) - mask.shape[1], 0)) for mask in masks])
+    for layer, layers in zip(cache.layers, list(zip(*(x.layers for x in caches))) if len(caches) > 1 else ()):
+        count = layer.keys.shape[2]
+        layer.keys, layer.values = (torch.cat([F.pad(x, (0, 0, count - x.shape[2], 0)) for x in states])
+                                    for states in zip(*((x.keys, x.values) for x in layers)))
+    parts, caches, alive = None, None, list(range(len(prompts)))  # only the joined cache stays
+    for t in range(uniforms.shape[1]):
+        with autocast(device):
+            logits = head_of(model)(hidden)
         for row, i in enumerate(alive if size else ()):
             text, places = texts[i], range(len(texts[i]) - size + 1)
             tail = text[len(text) - size + 1:]
@@ -1359,7 +1377,9 @@ def sample(model, prompts, uniforms, end, no_repeat_ngram=0):
             mask, alive, tokens = mask[kept], [alive[row] for row in going], [tokens[row] for row in going]
         for i, token in zip(alive, tokens):
             texts[i].append(token)
-        ids, mask = torch.tensor(tokens, device=device)[:, None], F.pad(mask, (0, 1), value=1)
+        if t + 1 < uniforms.shape[1]:
+            mask = F.pad(mask, (0, 1), value=1)
+            hidden = read(torch.tensor(tokens, device=device)[:, None], mask, cache)
     return [text[len(prompt):] for text, prompt in zip(texts, prompts)]
 
 def generate(model, tokenizer, rows, seed, args, no_repeat_ngram=0):

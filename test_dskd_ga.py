@@ -1062,7 +1062,7 @@ FAMILIES = dict(
     llama=lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=False),
     qwen2=lambda: transformers.Qwen2Config(**SMALL, num_key_value_heads=1, tie_word_embeddings=True),
     gemma3=lambda: transformers.Gemma3TextConfig(
-        **SMALL, num_key_value_heads=1, head_dim=16, final_logit_softcapping=1.0
+        **SMALL, num_key_value_heads=1, head_dim=16, final_logit_softcapping=1.0, sliding_window=8
     ),
     neox=lambda: transformers.GPTNeoXConfig(**SMALL),
     phi=lambda: transformers.PhiConfig(**SMALL),
@@ -1936,8 +1936,8 @@ class PickedByNumbers(transformers.LogitsProcessor):
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma3", "neox"])
 def test_samples_are_those_of_transformers_generate(family, size):
     model, rng = make_model(FAMILIES[family]()), random.Random(size)
-    prompts = [rng.choices(range(1, 60), k=n) for n in (1, 9, 4, 20, 4)]
-    uniforms = dskd_ga.np.random.default_rng(0).random((5, 30))
+    prompts = [rng.choices(range(1, 60), k=n) for n in (1, 9, 4, 20, 4, 2, 9, 5, 30, 1, 7)]  # read in two parts
+    uniforms = dskd_ga.np.random.default_rng(0).random((11, 30))
     longest = dskd_ga.sample(model, prompts, uniforms, 59, size)
     for end in (59, longest[1][4]):  # the second ends some rows early
         config = transformers.GenerationConfig(
