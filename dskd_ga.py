@@ -1223,6 +1223,9 @@ def train(args, folder, device, teacher_source=None):
     parallel, cache = model, None
     if teacher and args.cache_teacher:
         cache = TeacherCache(args.cache_teacher, teacher, data[1], pads[1], args.micro_batch, device)
+        for part in teacher.get_decoder().children():
+            if isinstance(part, nn.ModuleList):
+                part.to("meta")  # its layers have no more to do: their memory goes back
     if processes > 1:
         parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     dev_pairs = None

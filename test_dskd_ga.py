@@ -1638,7 +1638,12 @@ def test_a_cached_teacher_gives_the_same_losses(case, reference_run, tmp_path, p
         read, response_hidden = [], dskd_ga.response_hidden
         monkeypatch.setattr(dskd_ga, "response_hidden", lambda model, side: read.append(
             len(side.ids) if "Qwen" in type(model).__name__ else 0) or response_hidden(model, side))
+        freed, backward_passes = [], dskd_ga.backward_passes
+        monkeypatch.setattr(dskd_ga, "backward_passes", lambda model, teacher, *rest: freed.append(all(
+            weight.is_meta for weight in teacher.get_decoder().layers.parameters())) or backward_passes(
+            model, teacher, *rest))
         check(run(case, tmp_path / "second", **settings))
+        assert freed and all(freed)
         assert sum(read) == len(done) - 3000
         mended = (tmp_path / "cache" / "hidden").read_bytes()
         same(*(torch.frombuffer(bytearray(x), dtype=torch.float32) for x in (mended, hidden)), 1e-5)
