@@ -589,7 +589,7 @@ class Discriminator(nn.Module):
 
     def forward(self, x):
         z = self.highway(x).to(x.dtype)
-        return self.mlp(torch.lerp(x, z.relu(), z.sigmoid())).squeeze(-1)
+        return self.mlp(torch.lerp(x, z.relu(), z.sigmoid())).squeeze(-1)  # g relu(z) + (1 - g) x
 
 def ga_terms(disc, q, k, s_mask, t_mask, real=None):
     """Sums behind `ga_loss` and the log, scalars: `ga_q`, `ga_k` (cross-entropies), `d_q`, `d_k` (D's
@@ -944,8 +944,8 @@ class Distiller(nn.Module):
         loss = 0.5 * (out["ce"] + out["kd_s2t"] + out["kd_t2s"] + out["ce_t2s"]) / n_s      # (9)
         terms = {name: out[name] for name in ("ce", "ce_t2s", "kd_t2s", "kd_s2t", "n_correct")}
         if self.adversary is not None:
-            name, pair = "ga" if args.ga else "ct", (self.adversary, out["q"], out["k"], s.mask, t.mask)
-            terms |= ga_terms(*pair, shared["real"]) if args.ga else ct_terms(*pair)
+            name, given = "ga" if args.ga else "ct", (self.adversary, out["q"], out["k"], s.mask, t.mask)
+            terms |= ga_terms(*given, shared["real"]) if args.ga else ct_terms(*given)
             # the authors' code divides by the tokens of their micro-batch, of 4 rows, once more
             weight = args.kq_weight / (4 * n_s / args.batch_size if args.released_kq else 1)
             loss = loss + weight * (terms[f"{name}_q"] / n_s + terms[f"{name}_k"] / n_t)    # (14)-(16)
@@ -1346,7 +1346,7 @@ def sample(model, prompts, uniforms, end, no_repeat_ngram=0):
 
     parts, layers = [], DynamicCache(config=model.config).layers
     few = 8 if all(isinstance(layer, DynamicLayer) for layer in layers) else len(prompts)
-    for start in range(0, len(prompts), few):  # read apart, so that less is padded, and then joined
+    for start in range(0, len(prompts), few):  # read apart, so that less is padded; their caches are joined
         some = prompts[start:start + few]
         gaps = [max(map(len, some)) - len(prompt) for prompt in some]
         ids = torch.tensor([[end] * gap + prompt for gap, prompt in zip(gaps, some)], device=device)
@@ -1404,7 +1404,7 @@ def generate(model, tokenizer, rows, seed, args, no_repeat_ngram=0):
         ids = sample(model, [encoded[i] for i in batch], uniforms, end, no_repeat_ngram)
         mine += zip(batch, tokenizer.batch_decode(ids, skip_special_tokens=True))
     spare = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    helpers = min(spare, len(mine) // 128)  # for fewer rows they take longer to start than they save
+    helpers = min(spare, len(mine) // 128)  # with fewer rows each, starting them takes longer than they save
     options = dict(num_workers=helpers, multiprocessing_context="fork") if helpers > 1 else {}
     scored = itertools.chain.from_iterable(DataLoader(
         [(text, rows[i].references) for i, text in mine], batch_size=16, collate_fn=score_pairs, **options))
