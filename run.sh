@@ -1,76 +1,103 @@
 #!/usr/bin/env bash
-# ./run.sh          sets up .venv and runs the demo
-# ./run.sh test     sets up .venv and runs the tests; further arguments go to pytest
+# ./run.sh          sets up .venv and runs the demo: small tasks and models, made on the spot
+# ./run.sh test     sets up .venv and runs all tests; further arguments go to pytest
 # ./run.sh paper    sets up .venv and runs Table 1 of the paper on GPUS (default 4) GPUs
-# ./run.sh study    sets up .venv and runs every method and divergence on the demo, JOBS (default 2) at a time,
-#                   with the training seeds SEEDS (default 10 20 30 40 50); hours
-# Start it again to go on: what is finished is not repeated.
+# ./run.sh study    sets up .venv and runs methods and divergences on the demo, JOBS (default 2) at a time, with
+#                   the training seeds SEEDS (default 10 20 30 40 50); hours
+# Start it again to go on: a run that has its eval.json is not repeated, any other goes on from its last save.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-if ! cmp -s requirements.txt .venv/installed.txt; then
+requirements=(requirements.txt experiments/requirements.txt)
+if ! cat "${requirements[@]}" | cmp -s - .venv/installed.txt; then
     "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    cp requirements.txt .venv/installed.txt
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${requirements[@]/#/-r}"
+    cat "${requirements[@]}" > .venv/installed.txt
 fi
 python=.venv/bin/python
+
+once() {  # once FOLDER COMMAND...: nothing if the folder has its eval.json
+    local folder=$1
+    shift
+    [ -f "$folder/eval.json" ] || "$@"
+}
+
+# the demo's flags: short answers, a small student and teacher that start from nothing
+demo_flags() {  # demo_flags OUT
+    echo --out "$1" --data "$1/data" --student "$1/data/student" --teacher "$1/data/teacher" \
+        --tests "seen=$1/data/seen.jsonl" "longer=$1/data/longer.jsonl" --dev-rows 100 --micro-batch 16 \
+        --epochs 4 --lr 2e-3 --lr-projectors 2e-3 --teacher-epochs 8 --teacher-lr 2e-3 \
+        --dev-samplings 1 --eval-seeds 10 20 30 --max-new-tokens 40 --no-repeat-ngram 0
+}
 
 job=${1:-demo}
 shift || true
 case $job in
     demo)
-        row() { $python dskd_ga.py --demo "$@"; }
-        row --eval-only runs/demo/data/student --name untrained
-        row --method sft
-        row
-        row --ga
-        row --eval-only runs/demo/teacher-tuned/best --name teacher
-        row --report runs/demo/{untrained,sft-10,cma-skl-10,cma-ga-skl-10,teacher} --baseline sft --align 4 ;;
-    test) exec $python -m pytest -q test_dskd_ga.py "$@" ;;
+        out=runs/demo
+        flags=$(demo_flags $out)
+        [ -d $out/data/teacher-same ] || $python experiments/demo.py $out/data
+        once $out/untrained $python dskd_ga.py $flags --eval-only $out/data/student --name untrained
+        once $out/sft-10 $python dskd_ga.py $flags --method sft
+        once $out/cma-skl-10 $python dskd_ga.py $flags
+        once $out/cma-ga-skl-10 $python dskd_ga.py $flags --ga
+        once $out/teacher $python dskd_ga.py $flags --eval-only $out/teacher-tuned/best --name teacher
+        $python experiments/report.py --baseline sft $out/{untrained,sft-10,cma-skl-10,cma-ga-skl-10,teacher}
+        $python experiments/chunks.py --figure $out/alignment $out/{cma-skl-10,cma-ga-skl-10} ;;
+    test) exec $python -m pytest -q "$@" ;;
     paper)
-        row() { .venv/bin/torchrun --standalone --nproc_per_node="${GPUS:-4}" dskd_ga.py "$@"; }
-        row --eval-only openai-community/gpt2 --name untrained
-        row --method dskd --teacher openai-community/gpt2-xl
-        row --eval-only runs/gpt2-xl-tuned/best --name teacher-gpt2-xl
-        row --method sft
-        row --method mined
-        row --method uld
-        row --div srkl
-        row --method clp
-        row --method cla
-        row --div skl --ga
-        row --ct --div kl
-        row --div kl
-        row --div kl --ga
-        row --eval-only runs/Qwen1.5-1.8B-tuned/best --name teacher
-        $python dskd_ga.py --baseline cma-kl --report runs/{untrained,teacher-gpt2-xl,dskd-skl-10,teacher,sft-10,mined-10,uld-10} \
-            runs/{cma-srkl-10,clp-skl-10,cla-skl-10,cma-ga-skl-10,cma-ct-kl-10,cma-kl-10,cma-ga-kl-10} ;;
+        train() { .venv/bin/torchrun --standalone --nproc_per_node="${GPUS:-4}" "$@"; }
+        gpt2="--teacher MiniLLM/teacher-gpt2-1.5B --teacher-ready"  # the same-tokenizer teacher, ready as it is
+        once runs/untrained train dskd_ga.py --eval-only openai-community/gpt2 --name untrained
+        once runs/teacher-gpt2-xl train dskd_ga.py --eval-only MiniLLM/teacher-gpt2-1.5B --name teacher-gpt2-xl
+        once runs/dskd-skl-10 train experiments/baselines.py --method dskd $gpt2
+        once runs/sft-10 train dskd_ga.py --method sft
+        once runs/mined-10 train experiments/baselines.py --method mined
+        once runs/uld-10 train experiments/baselines.py --method uld
+        once runs/cma-srkl-10 train dskd_ga.py --div srkl
+        once runs/clp-skl-10 train experiments/chunks.py --method clp
+        once runs/cla-skl-10 train experiments/chunks.py --method cla
+        once runs/cma-ga-skl-10 train dskd_ga.py --div skl --ga
+        once runs/cma-ct-kl-10 train experiments/matching.py --match ct --div kl
+        once runs/cma-kl-10 train dskd_ga.py --div kl
+        once runs/cma-ga-kl-10 train dskd_ga.py --div kl --ga
+        once runs/teacher train dskd_ga.py --eval-only runs/Qwen1.5-1.8B-tuned/best --name teacher
+        $python experiments/report.py --baseline cma-kl runs/{untrained,teacher-gpt2-xl,dskd-skl-10,teacher,sft-10} \
+            runs/{mined,uld,cma-srkl,clp-skl,cla-skl,cma-ga-skl,cma-ct-kl,cma-kl,cma-ga-kl}-10 ;;
     study)
-        out=runs/study
-        row() { $python dskd_ga.py --demo --out $out "$@"; }
-        row --eval-only $out/data/student --name untrained
-        row --method kd  # the first run of each pair also fine-tunes its teacher
-        row
-        row --eval-only $out/teacher-same-tuned/best --name teacher-same
-        row --eval-only $out/teacher-tuned/best --name teacher
+        export OMP_NUM_THREADS=1 out=runs/study python
+        flags=$(demo_flags $out)
+        export flags
+        export same="--teacher $out/data/teacher-same"
+        [ -d $out/data/teacher-same ] || $python experiments/demo.py $out/data
+        once $out/untrained $python dskd_ga.py $flags --eval-only $out/data/student --name untrained
+        # the first run of each teacher fine-tunes it for all others
+        once $out/kd-skl-10 $python experiments/baselines.py $flags $same --method kd
+        once $out/cma-skl-10 $python dskd_ga.py $flags
+        once $out/teacher-same $python dskd_ga.py $flags --eval-only $out/teacher-same-tuned/best --name teacher-same
+        once $out/teacher $python dskd_ga.py $flags --eval-only $out/teacher-tuned/best --name teacher
         {
             for seed in ${SEEDS:-10 20 30 40 50}; do
-                echo "--method sft --seed $seed"
-                for flags in "--method kd" "--method dskd"; do
-                    echo "$flags --seed $seed --cache-teacher $out/hidden-same"
+                echo "sft-$seed dskd_ga.py --method sft --seed $seed"
+                for method in kd dskd; do
+                    echo "$method-skl-$seed experiments/baselines.py --method $method --seed $seed $same"
                 done
-                for flags in "--method uld" "--method mined" "--method clp" "--method cla" "--ct"; do
-                    echo "$flags --seed $seed --cache-teacher $out/hidden"
+                echo "uld-$seed experiments/baselines.py --method uld --seed $seed"
+                echo "mined-$seed experiments/baselines.py --method mined --seed $seed"
+                echo "clp-skl-$seed experiments/chunks.py --method clp --seed $seed"
+                echo "cla-skl-$seed experiments/chunks.py --method cla --seed $seed"
+                echo "cma-ct-skl-$seed experiments/matching.py --match ct --seed $seed"
+                for div in skl kl srkl rkl jsd akl; do
+                    echo "cma-$div-$seed dskd_ga.py --div $div --seed $seed"
+                    echo "cma-nq-$div-$seed dskd_ga.py --div $div --seed $seed --normalise-queries"
+                    echo "cma-ga-$div-$seed dskd_ga.py --div $div --seed $seed --ga"
+                    echo "cma-ga-nq-$div-$seed dskd_ga.py --div $div --seed $seed --ga --normalise-queries"
+                    echo "cma-released-$div-$seed experiments/matching.py --match released --div $div --seed $seed"
                 done
             done
-            for div in skl kl srkl rkl jsd akl; do
-                for seed in ${SEEDS:-10 20 30 40 50}; do
-                    for flags in "" "--ga" "--normalise-queries" "--ga --normalise-queries" "--ga --released-kq"; do
-                        echo "--div $div $flags --seed $seed --cache-teacher $out/hidden"
-                    done
-                done
-            done
-        } | OMP_NUM_THREADS=1 xargs -P "${JOBS:-2}" -L 1 $python dskd_ga.py --demo --out $out
-        $python dskd_ga.py --report $(dirname $out/*/eval.json) --baseline cma-skl ;;
+        } | xargs -P "${JOBS:-2}" -I LINE bash -c 'set -- LINE; run=$1 script=$2; shift 2
+            [ -f "$out/$run/eval.json" ] || "$python" "$script" $flags "$@"'
+        $python experiments/chunks.py $out/{cma,clp,cla}-*-*[0-9]
+        $python experiments/report.py --baseline cma-skl $(dirname $out/*/eval.json) ;;
     *) echo "run.sh: found $job, expected demo, test, paper or study" >&2; exit 2 ;;
 esac

@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+"""DSKD-CLP and DSKD-CLA, eqs. (10)-(13): attention inside chunks of text. And, of finished runs of CMA, CLP
+or CLA, how their attention aligns student and teacher, in numbers and pictures.
+
+    python experiments/chunks.py --method clp                        # trains; takes dskd_ga.py's flags
+    python experiments/chunks.py runs/cma-skl-10 runs/clp-skl-10     # numbers, also in RUN/alignment.json
+    python experiments/chunks.py runs/cma-skl-10 --figure heat       # and pictures: heat-1.svg, heat-1.png
+
+Departures from the paper
+  1. Chunks, the smallest texts that begin and end between tokens of both sides, are made of target tokens,
+     which are what the positions predict.
+  2. Eqs. (12) and (13) print a softmax of M and of M times the scores, elementwise, which would leave weight
+     outside the chunk. As in the paper's text and the authors' code, there is none.
+"""
+import bisect
+import functools
+import json
+import math
+import pathlib
+import sys
+from types import SimpleNamespace
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import dskd_ga
+from dskd_ga import InputError, check, collate, cross_model_attention, embed, load_model, std_normalise
+
+METHODS = ("clp", "cla")
+CPU = torch.device("cpu")
+DEV_ROWS = 48  # that a run's numbers are of
+MOST = 4096    # queries, and keys, that are compared each with each
+load_teacher = functools.cache(load_model)  # once for all runs that are compared
+
+# Chunks =====================================================================================================
+def token_cuts(spans):
+    """Where tokens end, but not inside a character: there, the next token goes on in it."""
+    spans = [span for span in spans if span[1] >= 0]
+    starts = [start for start, _ in spans[1:]] + [math.inf]
+    return {end for (_, end), start in zip(spans, starts) if start >= end}
+
+def chunk_numbers(s_spans, t_spans):
+    """The number of the chunk, eq. (10), of each target token of a row, in two lists.
+    Spans are (start, end) characters of the student's and the teacher's tokens, end of text is (-1, -1).
+    No chunk, as after the last common cut: -1 for a student's token, -2 for a teacher's.
+    """
+    common = sorted(token_cuts(s_spans) & token_cuts(t_spans))
+    result = []
+    for spans, none in ((s_spans, -1), (t_spans, -2)):
+        numbers = []
+        for _, end in spans:
+            number = bisect.bisect_left(common, end)  # the cuts before it: as many for all of a chunk
+            if end < 0:
+                number = len(common)  # end of text: a chunk of its own
+            elif number == len(common):
+                number = none
+            numbers.append(number)
+        result.append(numbers)
+    return result
+
+def annotate(row, s, t, tokenizers):
+    """The chunk numbers of a row's response tokens on either side, see `dskd_ga.pairs`."""
+    spans = []
+    for tokenizer in tokenizers:
+        text = row.references[0].removesuffix(tokenizer.eos_token)
+        encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False,
+                            return_offsets_mapping=True)
+        spans.append(encoded["offset_mapping"] + [(-1, -1)])
+    whole_row = chunk_numbers(*spans)
+    # where a side was cut at the length limit, the chunks from there on have lost a part of their text
+    counts = s.count, t.count
+    lost = [number for numbers, count in zip(whole_row, counts) for number in numbers[count:] if number >= 0]
+    first_lost = min(lost, default=math.inf)
+    result = []
+    for numbers, count, none in zip(whole_row, counts, (-1, -2)):
+        result.append([number if number < first_lost else none for number in numbers[:count]])
+    return result
+
+def same_chunk(s, t):
+    """M^{t->s} (B, S, T), bool, of two `Side`s with chunk numbers."""
+    real = s.mask.unsqueeze(2) & t.mask.unsqueeze(1)
+    return real & (s.chunk.unsqueeze(2) == t.chunk.unsqueeze(1))                              # (11)
+
+def align(method, q, k, s, t):
+    """A^{t->s} (B, S, T) and A^{s->t} (B, T, S) of clp or cla, for q (B, S, w), k (B, T, w) and `Side`s with
+    chunk numbers. Rows sum to 1; those of positions in no chunk are 0."""
+    allowed = same_chunk(s, t)
+    if method == "cla":
+        return cross_model_attention(q, k, allowed)                                           # (13)
+    m = allowed.to(q.dtype)
+    a_t2s = m / m.sum(2, keepdim=True).clamp(min=1)                                           # (12)
+    a_s2t = m.mT / m.mT.sum(2, keepdim=True).clamp(min=1)
+    return a_t2s, a_s2t
+
+class Chunks(dskd_ga.Distiller):
+    annotate = staticmethod(annotate)
+    def __init__(self, student, teacher, args):
+        super().__init__(student, teacher, args)
+        self.align = functools.partial(align, args.method)
+        if args.method == "clp":
+            self.proj.query.requires_grad_(False)  # uniform weights ask nothing
+
+# The alignment of finished runs =============================================================================
+def alignment_numbers(rows):
+    """How well A^{t->s} finds the right chunk, and how far queries are from keys: a dict of numbers.
+    rows: an iterable; of each row q (n, w), k (m, w), a_t2s (n, m), inside (n, m), True where a chunk is, and
+    the student's targets (n,), without padding.
+    Means over the student's positions that have a chunk, and over those whose token comes `_once` or is
+    `_repeated` in its response: `mass` of attention inside the chunk; `top`, the share whose strongest key is
+    in it; `entropy`, in nats. Of queries and keys: `mean_gap` |mean q - mean k|, mean `norm_q` and `norm_k`,
+    `mmd`, and `probe`, fitted on the even rows and tested on the odd ones. Left out is what there are no rows
+    or positions for. CLP has no use for queries: its are those of the random start.
+    """
+    queries, keys, tables = [], [], []
+    for q, k, a, inside, targets in rows:
+        queries.append(q)
+        keys.append(k)
+        mass = (a * inside).sum(1)
+        top = inside[range(len(a)), a.argmax(1)]
+        entropy = torch.special.entr(a).sum(1)
+        repeated = (targets.unsqueeze(1) == targets).sum(1) > 1
+        table = torch.stack([mass, top, entropy, repeated], 1)
+        tables.append(table[inside.any(1)])
+    table = torch.cat(tables)
+    repeated = table[:, 3] > 0
+    splits = {"": table, "_once": table[~repeated], "_repeated": table[repeated]}
+    numbers = {}
+    for split, part in splits.items():
+        if len(part):
+            mass, top, entropy, _ = part.mean(0).tolist()
+            numbers |= {"mass" + split: mass, "top" + split: top, "entropy" + split: entropy}
+    x, y = some(queries), some(keys)
+    numbers |= dict(
+        mean_gap=torch.dist(x.mean(0), y.mean(0)).item(), mmd=mmd(x, y),
+        norm_q=x.norm(dim=1).mean().item(), norm_k=y.norm(dim=1).mean().item())
+    if len(queries) > 1:
+        even = some(queries[::2]), some(keys[::2])
+        odd = some(queries[1::2]), some(keys[1::2])
+        numbers["probe"] = probe(*even, *odd)
+    return numbers
+
+def some(rows):
+    """The rows' vectors; of more than MOST, evenly spaced ones."""
+    vectors = torch.cat(rows)
+    return vectors[::math.ceil(len(vectors) / MOST)]
+
+def mmd(x, y):
+    """The squared MMD of x (n, w), y (m, w), unbiased; kernel: exp(-|a - b|^2 / median of all |a - b|^2)."""
+    n, m = len(x), len(y)
+    z = torch.cat([x, y])
+    distance = torch.cdist(z, z).square()
+    kernel = torch.exp(-distance / distance.median())
+    kernel.fill_diagonal_(0)
+    within_x = kernel[:n, :n].sum() / (n * (n - 1))
+    within_y = kernel[n:, n:].sum() / (m * (m - 1))
+    return (within_x + within_y - 2 * kernel[:n, n:].mean()).item()
+
+def probe(x, y, x_test, y_test):
+    """Balanced accuracy, on others, of the ridge regression that tells x (n, w) from y (m, w)."""
+    z = torch.cat([x, y]).double()
+    label = torch.ones_like(z[:, 0])
+    label[len(x):] = -1
+    mean, middle = z.mean(0), label.mean()
+    z -= mean
+    covariance = z.mT @ z
+    covariance.diagonal().add_(1e-3 * covariance.trace() / len(z))
+    direction = torch.linalg.solve(covariance, z.mT @ label)
+    x_right = (x_test - mean) @ direction > -middle
+    y_right = (y_test - mean) @ direction < -middle
+    return (x_right.double().mean() + y_right.double().mean()).item() / 2
+
+def read_run(folder):
+    """A finished run: `name`; `pairs`, its first dev rows; `tokenizers`; `align`, `align_row` of a pair."""
+    (folder / "eval.json").stat()  # OSError: it is not finished
+    args = SimpleNamespace(**json.loads((folder / "args.json").read_text())["args"])
+    weights = torch.load(folder / "best/projectors.pt", map_location=CPU, weights_only=True)
+    check("query.weight" in weights, folder, "no queries", "a run of cma, clp or cla")
+    proj = dskd_ga.Projectors(*weights["t2s.weight"].shape)  # (d_s, d_t)
+    proj.load_state_dict(weights)
+    student, s_tokenizer = load_model(str(folder / "best"), CPU)
+    teacher, t_tokenizer = load_teacher(args.teacher, CPU)
+    E_s, E_t = student.get_input_embeddings(), teacher.get_input_embeddings()
+    tokenizers = s_tokenizer, t_tokenizer
+    rows = dskd_ga.read_rows(dskd_ga.fetch(f"{args.data}/raw.jsonl"), min(args.dev_rows, DEV_ROWS))
+    pairs = dskd_ga.pairs(rows, tokenizers, args.max_prompt, args.max_length, annotate)
+    check(pairs, folder, "no dev row within its limits", "at least one")
+    align_pair = functools.partial(align_row, args, proj, E_s, E_t)
+    return SimpleNamespace(name=folder.resolve().name, pairs=pairs, tokenizers=tokenizers, align=align_pair)
+
+@torch.no_grad()
+def align_row(args, proj, E_s, E_t, pair):
+    """What `alignment_numbers` takes of a row."""
+    s, t = [collate([example], CPU) for example in pair]
+    q = proj.query(torch.cat(embed(E_s, s), -1))                                              # (1)
+    if args.normalise_queries:
+        q = std_normalise(q, s.mask)
+    k = std_normalise(torch.cat(embed(E_t, t), -1), t.mask)                                   # (2)
+    inside = same_chunk(s, t)
+    if args.method in METHODS:
+        a_t2s, _ = align(args.method, q, k, s, t)
+    else:
+        a_t2s, _ = cross_model_attention(q, k, torch.ones_like(inside))                       # (3)
+    return [x[0] for x in (q, k, a_t2s, inside, s.targets)]
+
+def draw(path, runs, pairs):
+    """Writes path.svg and path.png: A^{t->s} of a row, of which each run has a pair, with its chunks."""
+    from matplotlib import figure, patches, style  # training needs no matplotlib
+    s, t = pairs[0]
+    size = len(runs) * (1.8 + 0.16 * t.count), 1.5 + 0.16 * s.count  # in inches
+    # dark on a light ground of its own, so that it can be read on any page
+    with style.context("default"):
+        page = figure.Figure(size, facecolor="white", layout="constrained")
+        maps = page.subplots(1, len(runs), squeeze=False)[0]
+        for axes, run, (s, t) in zip(maps, runs, pairs):
+            a_t2s = run.align((s, t))[2]
+            image = axes.imshow(a_t2s.numpy(), cmap="Blues", vmin=0, vmax=1)
+            axes.set(title=run.name, xlabel="teacher's tokens", ylabel="student's tokens")
+            for axis, example, tokenizer in zip((axes.yaxis, axes.xaxis), (s, t), run.tokenizers):
+                tokens = map(tokenizer.decode, example.ids[example.start:])
+                labels = [token.replace(" ", "·").replace("\n", "↵") for token in tokens]
+                axis.set_ticks(range(example.count), labels, fontsize=8, parse_math=False)
+            axes.tick_params("x", rotation=90)
+            for chunk in set(s.chunk) & set(t.chunk):
+                corner = t.chunk.index(chunk) - 0.5, s.chunk.index(chunk) - 0.5
+                width, height = t.chunk.count(chunk), s.chunk.count(chunk)
+                axes.add_patch(patches.Rectangle(corner, width, height, fill=False, edgecolor="C1"))
+        page.colorbar(image, ax=maps, label="weight")
+        page.savefig(path + ".svg")
+        page.savefig(path + ".png", dpi=150)
+
+def analyse(folders, figure, count):
+    """Prints the runs' numbers side by side, writes them and, if asked for, the pictures of `count` rows."""
+    runs = [read_run(folder) for folder in folders]
+    columns = []
+    for folder, run in zip(folders, runs):
+        numbers = alignment_numbers(map(run.align, run.pairs))
+        (folder / "alignment.json").write_text(json.dumps(numbers))
+        columns.append(numbers)
+    print("alignment", *[run.name for run in runs], sep=" | ")
+    print("---", *["---" for run in runs], sep=" | ")
+    for name in columns[0]:
+        print(name, *[f"{numbers.get(name, math.nan):.3f}" for numbers in columns], sep=" | ")
+    if figure:
+        for number, pairs in enumerate(zip(*[run.pairs[:count] for run in runs]), 1):
+            draw(f"{figure}-{number}", runs, pairs)
+
+def main(argv=None):
+    """Trains, and returns what eval.json holds; or, where runs are named, analyses these."""
+    parser = dskd_ga.build_parser(METHODS)
+    parser.description = "Distils by clp, eq. (12), or cla, eq. (13); or analyses finished runs."
+    add = parser.add_argument_group("analysis: no training, no other flag counts").add_argument
+    add("runs", metavar="RUN", nargs="*", type=pathlib.Path, help="folders of finished runs, cma's too")
+    add("--figure", metavar="PATH", help="draw attention on dev rows, into PATH-1.svg, PATH-1.png, ...")
+    add("--rows", type=int, default=1, help="how many rows; more for a fuller picture")
+    args = parser.parse_args(argv)
+    disable_progress_bar()
+    try:
+        queries = args.ga or args.normalise_queries
+        check(args.method != "clp" or not queries, "--ga or --normalise-queries", "clp", "cla or cma")
+        check(args.runs or not args.figure, "--figure", "no RUN", "the folders of finished runs")
+        if args.runs:
+            return analyse(args.runs, args.figure, args.rows)
+    except (InputError, OSError) as error:
+        print(f"chunks.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    return dskd_ga.main(argv, dskd_ga.build_parser(METHODS), Chunks)
+
+if __name__ == "__main__":
+    main()

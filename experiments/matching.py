@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Other ways than the adversary of eq. (14) to bring queries and keys together. They take dskd_ga.py's flags:
+
+    python experiments/matching.py --match ct --div kl     # conditional transport, eq. (15)
+    python experiments/matching.py --match released        # what the authors' code does in place of GA
+
+CT, from Alignment Attention (arXiv:2110.12567, eq. 4), of a sequence's n_s queries q and n_t keys k:
+    pi(k|q) ∝ exp(phi(q)·phi(k)),  c(q,k) = 1 - c(q)·c(k)
+    min_{P_Q, phi} max_c  1/2 E_q E_{pi(k|q)} c(q,k) + 1/2 E_k E_{pi(q|k)} c(q,k)                (15)
+The critic c and the navigator phi are networks with outputs of norm 1; the keys are constants.
+
+The authors' code departs from eq. (15), and this file does not follow it there:
+  1. its cost is the Euclidean distance of the unit vectors; half the square of that is our cosine distance;
+  2. its critic has a highway layer;
+  3. its navigator has no dropout;
+  4. it adds a second term, with positions and features transposed, 43 % of the loss at the start.
+"""
+import pathlib
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import dskd_ga
+from dskd_ga import full_precision, reverse, zero_padding
+
+class UnitNetwork(nn.Sequential):
+    """(..., width) -> (..., hidden), vectors of norm 1."""
+
+    def __init__(self, width, hidden, dropout):
+        super().__init__(
+            nn.Dropout(dropout), nn.Linear(width, hidden), nn.LeakyReLU(0.1), nn.Linear(hidden, hidden))
+
+    def forward(self, x):
+        return F.normalize(full_precision(super().forward(x)), dim=-1)
+
+class Critic(nn.Module):
+    """The networks of eq. (15): the critic, which ascends the cost, and the navigator, which descends it."""
+
+    def __init__(self, width, hidden=768, dropout=0.1):
+        super().__init__()
+        self.critic = UnitNetwork(width, hidden, dropout)
+        self.navigator = UnitNetwork(width, hidden, dropout)
+
+def ct_loss(critic, q, k, s_mask, t_mask, n_s=None, n_t=None):
+    """L_KQ of eq. (15), and detached sums for the log: its halves over queries, `ct_q`, and keys, `ct_k`.
+    critic: `Critic`; the other arguments as of `dskd_ga.ga_loss`. One backward pass serves all players:
+    P_Q and the navigator descend this loss, the critic ascends it.
+    """
+    n_s = s_mask.sum() if n_s is None else n_s
+    n_t = t_mask.sum() if n_t is None else n_t
+    q, k = zero_padding(q, s_mask), zero_padding(k.detach(), t_mask)
+    # the outer `reverse` turns the critic's gradient; the inner one turns back what goes on to the queries
+    c_q, c_k = reverse(critic.critic(reverse(q))), reverse(critic.critic(k))
+    phi_q, phi_k = critic.navigator(q), critic.navigator(k)
+    with torch.autocast(q.device.type, enabled=False):  # bf16 would round cosines near 1 to steps of 1/256
+        cost = 1 - c_q @ c_k.mT  # (B, S, T)
+        nearness = phi_q @ phi_k.mT
+    lowest = torch.finfo(nearness.dtype).min
+    to_keys = nearness.masked_fill(~t_mask[:, None, :], lowest).softmax(2)     # pi(k|q)
+    to_queries = nearness.masked_fill(~s_mask[:, :, None], lowest).softmax(1)  # pi(q|k)
+    ct_q = 0.5 * ((to_keys * cost).sum(2) * s_mask).sum()
+    ct_k = 0.5 * ((to_queries * cost).sum(1) * t_mask).sum()
+    loss = ct_q / n_s + ct_k / n_t                                             # (15)
+    return loss, dict(ct_q=ct_q.detach(), ct_k=ct_k.detach())
+
+class ConditionalTransport(dskd_ga.Distiller):
+    adversary = Critic
+
+    def match(self, q, k, s, t, n_s, n_t):
+        return ct_loss(self.disc, q, k, s.mask, t.mask, n_s, n_t)
+
+class Released(dskd_ga.Distiller):
+    """GA as in the authors' code: D keeps its random start, and L_KQ, a mean already, is divided once more,
+    by the tokens of a micro-batch of 4 rows. Not done: theirs is a mean over 512 padded positions a row, so
+    that real positions weigh 0.15 of what they weigh here."""
+
+    def __init__(self, student, teacher, args):
+        super().__init__(student, teacher, args)
+        self.disc.requires_grad_(False)
+
+    def match(self, q, k, s, t, n_s, n_t):
+        loss, terms = super().match(q, k, s, t, n_s, n_t)
+        tokens_of_four_rows = 4 * n_s / self.args.batch_size
+        return loss / tokens_of_four_rows, terms
+
+MATCHES = dict(ct=ConditionalTransport, released=Released)
+
+def main(argv=None):
+    """Runs a command line; returns what eval.json holds."""
+    parser = dskd_ga.build_parser(("cma",))
+    parser.description = "DSKD-CMA with another key-query matching than GA; this file's header says more."
+    parser.add_argument("--match", choices=tuple(MATCHES), default="ct",
+                        help="ct: conditional transport, eq. (15); released: GA with D as it starts")
+    parser.set_defaults(ga=True)  # there is an L_KQ
+    args = parser.parse_args(argv)
+    if not args.eval_only:
+        parser.set_defaults(name=f"cma-{args.match}" + "-nq" * args.normalise_queries + f"-{args.div}")
+    return dskd_ga.main(argv, parser, MATCHES[args.match])
+
+if __name__ == "__main__":
+    main()
