@@ -182,7 +182,7 @@ def composed(text, place):  # place: for the error
 
 def read_rows(path, limit=None):
     """The `Row`s of a file of JSON lines: `prompt`, or `instruction` and `input`, and `output`, a text or a
-    list of texts. limit: read only the first lines. InputError names line and field of a bad row."""
+    list of texts. InputError names line and field of a bad row."""
     lines = pathlib.Path(path).read_bytes().rstrip().split(b"\n")
     rows = []
     for number, line in enumerate(lines[:limit], 1):
@@ -194,8 +194,8 @@ def read_rows(path, limit=None):
             raise InputError(f"{place}: found {error}, expected a JSON object") from error
         check(isinstance(row, dict), place, row, "a JSON object")
         field = "prompt" if "prompt" in row else "instruction"
-        prompt, context, output = row.get(field), row.get("input"), row.get("output")
-        prompt = composed(prompt, f"{place}, {field}")
+        context, output = row.get("input"), row.get("output")
+        prompt = composed(row.get(field), f"{place}, {field}")
         if field == "instruction":
             context = "" if context in (None, "") else composed(context, f"{place}, input")
             prompt = alpaca_prompt(prompt, context)
@@ -256,8 +256,7 @@ def collate(examples, device):
     """The examples as a `Side` on the device."""
     ids, starts, chunk, hidden = zip(*examples)
     mask = padded([[True] * example.count for example in examples])
-    # a token is predicted at the position before it
-    pos = padded([torch.arange(start, len(x)) - 1 for x, start in zip(ids, starts)])
+    pos = padded([torch.arange(start, len(x)) - 1 for x, start in zip(ids, starts)])  # before each token
     ids = padded(ids)
     side = Side(inputs=ids.gather(1, pos), targets=ids.gather(1, pos + 1), mask=mask,
                 ids=ids[:, :-1].contiguous(), pos=pos, hidden=padded(hidden), chunk=padded(chunk, -1),
@@ -288,9 +287,9 @@ def response_hidden(model, side):
     return hidden.take_along_dim(side.pos.unsqueeze(2), 1)
 
 @torch.no_grad()
-def load_model(source, device, dtype=torch.float32):
-    """A causal language model in evaluation mode, and its tokenizer. Whatever would fail or be wrong later is
-    refused here, by an InputError that names the source and the reason."""
+def load_model(source,  # a folder or hub id
+               device, dtype=torch.float32):
+    """A causal language model and its tokenizer. InputError says why, if one would fail or be wrong later."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         end = tokenizer.eos_token_id
@@ -333,7 +332,6 @@ def check_readable(model, sequences, more=0):
 def read_once(teacher, data, device):
     """The `Pair`s with h^t at their response positions, read by the teacher's model, which is then freed."""
     model = teacher.model.requires_grad_(False)
-    check_readable(model, [pair.t.ids for pair in data])
     size = sum(pair.t.count for pair in data) * teacher.head[0].nbytes
     say("the teacher's states take", round(size / 1e9, 2), "GB of main memory in each process")
     # every process reads all rows, in batches that the rows alone decide: a restart gets the same numbers
@@ -407,9 +405,7 @@ def std_normalise(x, mask):
     variance = square / (count - 1).clamp(min=1)
     return x / variance.clamp(min=1e-12).sqrt()
 
-def cross_model_attention(
-        q, k,      # (B, S, w), (B, T, w)
-        allowed):  # (B, S, T) bool: which pairs of positions may see each other
+def cross_model_attention(q, k, allowed):  # (B, S, w), (B, T, w), (B, S, T) bool: which pairs may meet
     """A^{t->s} (B, S, T), A^{s->t} (B, T, S) of eq. (3). Rows sum to 1; those with nothing allowed are 0."""
     q = zero_padding(full_precision(q), allowed.any(2))
     k = zero_padding(full_precision(k), allowed.any(1))
@@ -451,28 +447,36 @@ def ga_loss(disc, q, k,           # D; (B, S, w), (B, T, w)
     return loss_q + loss_k, terms  # NOT IN PAPER: means over real positions (departure 5)      (14)
 
 # 7. Objective ===============================================================================================
-def sliced_loss(fn,       # (logits_1, ..., logits_J, *rows) -> (loss, *terms), sums over a slice
+def sliced_loss(fn,       # (logits_1, ..., logits_J, *rows) -> (loss, *terms), sums over some positions
                 sides,    # J pairs of hidden states (N, d_j) and heads (V_j, d_j)
                 rows=(),  # further tensors (N, ...)
-                max_logits=2 ** 24):
+                max_logits=2 ** 25):
     """(loss, *terms), sums over N positions, with the logits of only a slice of these at a time. A slice's
     part of the loss's gradient is formed while its logits exist: no head product is computed twice."""
     hidden, heads = zip(*sides)
     leaves = [h.detach().requires_grad_(h.requires_grad) for h in hidden]  # a slice's backward pass ends here
     trained = [W for W in dict.fromkeys(heads) if W.requires_grad]  # one head may serve two sides
     wanted = [h for h in leaves if h.requires_grad] + trained
-    size = max(1, max_logits // max(map(len, heads)))
+    widest = max(map(len, heads))
+    size, piece = max(1, max_logits // widest), max(1, 2 ** 22 // widest)
     grads, totals = [], 0
     for start in range(0, max(1, len(leaves[0])), size):
         part = slice(start, start + size)
+        outputs, slopes = [], []
         with torch.enable_grad():
-            logits = [full_precision(F.linear(h[part], W)) for h, W in zip(leaves, heads)]
-            sums = fn(*logits, *[row[part] for row in rows])
-        if wanted:
-            found = torch.autograd.grad(sums[0], wanted, materialize_grads=True)
+            columns = [full_precision(F.linear(h[part], W)) for h, W in zip(leaves, heads)]
+            columns += [row[part] for row in rows]
+            for pieces in zip(*[column.split(piece) for column in columns]):
+                sums = fn(*pieces)  # of so few positions that they stay in the processor's cache
+                totals = totals + torch.stack([value.detach().double() for value in sums])
+                if wanted:
+                    trainable = [z for z in pieces if z.requires_grad]
+                    outputs += trainable
+                    slopes += torch.autograd.grad(sums[0], trainable, materialize_grads=True)
+        if wanted:  # through the head products
+            found = torch.autograd.grad(outputs, wanted, slopes)
             grads = [grad.add_(new) for grad, new in zip(grads, found)] if grads else list(found)
             del found  # as large as the heads
-        totals = totals + torch.stack([value.detach().double() for value in sums])
     loss, *terms = totals.unbind()
     for x, grad in zip([h for h in hidden if h.requires_grad] + trained, grads):
         linear = torch.dot(full_precision(x).flatten(), full_precision(grad).flatten())
@@ -480,9 +484,8 @@ def sliced_loss(fn,       # (logits_1, ..., logits_J, *rows) -> (loss, *terms), 
     return loss, *terms
 
 def student_space(
-        z_s, z_t2s,  # (N, V_s): logits of p^s and q^{t->s}
-        target,      # (N,): gold ids
-        aligned,     # (N,) bool: False where the position attends to nothing
+        z_s, z_t2s,       # (N, V_s): logits of p^s and q^{t->s}
+        target, aligned,  # (N,): gold ids; False where the position attends to nothing
         *, weights, div, temperature, skew, all_positions):
     """Eq. (9) over the student's vocabulary: the weighted sum of its terms, each term, the correct ones."""
     fixed_t2s = z_t2s.detach()  # q^{t->s} is constant inside KD^{t->s}: CE^{t->s} alone trains P^{t->s}
@@ -517,8 +520,7 @@ def dual_space_losses(
     the sums `ce`, `ce_t2s`, `kd_t2s`, `kd_s2t`, `n_correct` and `k`, `a_t2s`, `a_s2t` have none."""
     fixed_W_s, fixed_W_t = W_s.detach(), W_t.detach()  # W^s learns through p^s alone: from CE and KD^{t->s}
     h_s, h_t = zero_padding(h_s, s.mask), zero_padding(h_t.detach(), t.mask)
-    # queries and keys: of the tokens that a position reads and predicts
-    e_t_input, e_t_target = embed(E_t, t)
+    e_t_input, e_t_target = embed(E_t, t)  # of the tokens that a position reads and predicts
     q = zero_padding(proj.query(torch.cat(embed(E_s, s), -1)), s.mask)                        # (1)
     if normalise_queries:  # NOT IN PAPER: as the keys (departure 8)
         q = std_normalise(q, s.mask)
@@ -609,12 +611,17 @@ def replace(path, save):
     try:
         save(fresh)
     except Exception as error:  # torch and safetensors wrap the disk's error: show it
-        raise OSError(f"{fresh}: {error.__context__ or error}") from error
+        raise OSError(f"{fresh} cannot be written ({error.__context__ or error})") from error
     if path.is_dir():
         shutil.rmtree(path)
     os.replace(fresh, path)
 def write_json(path, content):
     replace(path, lambda fresh: fresh.write_text(json.dumps(content, indent=1)))
+def save_best(model, tokenizer, folder):  # for transformers' `from_pretrained`; and the projectors
+    model.student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if model.proj is not None:
+        torch.save(model.proj.state_dict(), folder / "projectors.pt")
 
 def fingerprint(content, tensors=()):  # 16 digits that tell contents apart
     digest = hashlib.sha256(json.dumps(content, default=str).encode())
@@ -664,11 +671,10 @@ def set_up(args, folder, device, distiller):
     check(rest, args.data, f"{len(rows)} rows", f"more than --dev-rows {args.dev_rows}")
     student, tokenizer = load_model(args.student, device)
     check_readable(student, prompt_ids(tokenizer, dev, args.max_prompt), args.max_new_tokens)
-    identity = {"student weights": model_fingerprint(student)}
-    tokenizers, teacher, names = [tokenizer], None, SFT_SETTINGS
+    readers, tokenizers, teacher, names = [student], [tokenizer], None, SFT_SETTINGS
     if args.method != "sft":
         full, teacher_tokenizer = load_model(args.teacher, device, precision(device))
-        identity["teacher weights"] = model_fingerprint(full)
+        readers.append(full)
         tokenizers.append(teacher_tokenizer)
         teacher = argparse.Namespace(model=full, embeddings=full.get_input_embeddings(), head=head_of(full))
         names = vars(args).keys() - NO_IDENTITY
@@ -676,9 +682,11 @@ def set_up(args, folder, device, distiller):
     model = distiller(student, teacher, args).to(device)
     data = pairs(rest, tokenizers, args.max_prompt, args.max_length, model.annotate)
     check(len(data) >= args.batch_size, "rows within the limits", len(data), "at least --batch-size")
-    check_readable(student, [pair.s.ids for pair in data])
+    for reader, examples in zip(readers, zip(*data)):
+        check_readable(reader, [example.ids for example in examples])
     say(folder, "has", len(data), "rows to train on;", len(rest) - len(data), "are too long")
     # a run goes on only with equal rows, tokens, weights and settings
+    identity = dict(zip(("student weights", "teacher weights"), map(model_fingerprint, readers)))
     identity |= {"rows": fingerprint([rows, data])} | {name: getattr(args, name) for name in sorted(names)}
     path = folder / "args.json"
     if path.exists():
@@ -687,7 +695,7 @@ def set_up(args, folder, device, distiller):
         check(not changed, path, f"other {changed}", "this run's; remove the folder or give another --out")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, dict(identity=identity, command=sys.argv, args=vars(args), torch=torch.__version__))
+        write_json(path, dict(identity=identity, command=sys.argv, args=vars(args)))
     return model, tokenizer, data, dev
 
 def train(args, folder, device, distiller=Distiller):
@@ -700,8 +708,7 @@ def train(args, folder, device, distiller=Distiller):
     say(sum(x.numel() for x in model.parameters() if x.requires_grad), "parameters to train,",
         sum(len(pair.s.ids) for pair in data), "tokens an epoch,", total_steps, "steps, each in",
         args.batch_size // args.micro_batch // processes, "micro-batches a process")
-    # resume
-    done, best_score, log_size = 0, -1.0, 0
+    done, best_score, log_size = 0, -1.0, 0  # resume
     state_path, log_path = folder / "state.pt", folder / "log.jsonl"
     if state_path.exists():
         state = torch.load(state_path, map_location="cpu", weights_only=True)
@@ -768,12 +775,6 @@ def train(args, folder, device, distiller=Distiller):
         dist.barrier()  # the first process may still be writing
     return folder / "best"
 
-def save_best(model, tokenizer, folder):  # for transformers' `from_pretrained`; and the projectors
-    model.student.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if model.proj is not None:
-        torch.save(model.proj.state_dict(), folder / "projectors.pt")
-
 # 9. Evaluation: sampling, ROUGE-L ===========================================================================
 def rouge_l(predictions, references):
     """Each row's ROUGE-L F1 with Porter's stemmer, in percent, of the best of its references."""
@@ -826,21 +827,20 @@ def read_tests(args, device):
 def evaluate(args, source, folder, tests, device):
     """Samples and scores each test set once a seed; writes predictions/ and eval.json into the folder."""
     model, tokenizer = load_model(source, device)
-    (folder / "predictions").mkdir(parents=True, exist_ok=True)
-    means, row_means = {}, {}  # of each set: a mean for each seed, a mean for each row
+    predictions = folder / "predictions"
+    predictions.mkdir(parents=True, exist_ok=True)
+    means = {}  # of each set, one a seed
     for name, rows in tests.items():
-        scores = []  # (seeds, rows)
+        means[name] = []
         for seed in args.eval_seeds:
-            texts, found = respond(model, tokenizer, rows, seed, args, args.no_repeat_ngram)
-            scores.append(found)
-            write_json(folder / f"predictions/{name}-{seed}.json", dict(rows=rows, texts=texts, rougeL=found))
-        means[name] = np.mean(scores, 1).tolist()
-        row_means[name] = np.mean(scores, 0).round(2).tolist()
+            texts, scores = respond(model, tokenizer, rows, seed, args, args.no_repeat_ngram)
+            means[name].append(float(np.mean(scores)))
+            write_json(predictions / f"{name}-{seed}.json", dict(rows=rows, texts=texts, rougeL=scores))
     sets = list(means.values())
     for name, part in (("OOD", sets[1:]), ("All", sets)):
         if part:
             means[name] = np.mean(part, 0).tolist()
-    result = dict(model=str(source), args=vars(args), rougeL=means, rows=row_means)
+    result = dict(model=str(source), args=vars(args), rougeL=means)
     write_json(folder / "eval.json", result)
     say(folder, "has ROUGE-L, mean and standard deviation over sampling seeds:")
     for name, values in means.items():

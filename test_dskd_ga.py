@@ -2,8 +2,10 @@
 
 The oracles know neither padding nor slices: they loop over rows, positions or vocabulary, or are dense.
 """
-import ast, functools, io, json, math, os, pathlib, random, re, runpy, shlex, sys
+import ast, functools, hashlib, http.server, io, itertools, json, logging, math, multiprocessing, os, pathlib
+import random, re, resource, runpy, shlex, shutil, signal, socket, subprocess, sys, threading, time
 import tokenize, types, unicodedata
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it
 
@@ -13,7 +15,10 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
+import torch.distributed.run
 import torch.nn.functional as F
+import tqdm
+import transformers
 import transformers as hf
 from torch import nn
 
@@ -22,6 +27,10 @@ from dskd_ga import (
     Discriminator, Example, InputError, Projectors, Row, Side, cross_model_attention, divergence,
     dual_space_losses, ga_loss, pairs, rouge_l, sliced_loss, std_normalise)
 
+# runs are forked: this process stays without threads, and without a lock that a killed process keeps
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+tqdm.tqdm.monitor_interval = 0
+tqdm.tqdm.set_lock(threading.RLock())
 torch.set_num_threads(1)  # the tensors are tiny
 HERE = pathlib.Path(dskd_ga.__file__).parent
 CPU, INF, NAN = torch.device("cpu"), math.inf, math.nan
@@ -723,3 +732,511 @@ def test_importing_does_nothing(tmp_path, monkeypatch, capsys):
     before = state()
     runpy.run_path(dskd_ga.__file__, run_name="imported")
     assert state() == before and capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+# ---- runs
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+@pytest.fixture(scope="session")
+def small(case, tmp_path_factory):
+    """The demo's models and 40 of its rows. The student has dropout and settings of its own, `still` none."""
+    folder = tmp_path_factory.mktemp("small") / "small"
+    shutil.copytree(case, folder)
+    shutil.copytree(case / "student", folder / "still")
+    (folder / "raw.jsonl").write_text("".join(open(case / "raw.jsonl").readlines()[:40]))
+    edit_json(folder / "student" / "config.json", resid_pdrop=0.2, attn_pdrop=0.2)
+    edit_json(folder / "student" / "generation_config.json", repetition_penalty=1.2, do_sample=True, top_k=7)
+    edit_json(folder / "still" / "config.json", resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
+    return folder
+
+def flags(small, folder, /, **settings):
+    """The command line of a run of 8 steps; settings override, None leaves a flag out."""
+    base = dict(student=small / "student", teacher=small / "teacher", teacher_ready=True, teacher_epochs=1,
+                data=small, dev_rows=8, batch_size=8, micro_batch=4, epochs=2, save_every=3, dev_samplings=1,
+                tests=[f"{name}={small}/{name}.jsonl" for name in ("seen", "longer")], eval_limit=4,
+                eval_batch=2, eval_seeds=[10, 20], max_new_tokens=8, out=folder)
+    words = []
+    for name, value in (base | settings).items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [] if value is None else ["--" + name.replace("_", "-"), *map(str, values)]
+    return words
+
+def run(small, out, **settings):
+    """Runs it in this process; returns the run's folder."""
+    return pathlib.Path(dskd_ga.main(flags(small, out, **settings))["model"]).parent
+def log(folder):
+    """The lines of its log, which are JSON (nan is none), without what depends on the machine."""
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in open(folder / "log.jsonl")]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_gb")} for line in lines]
+steps = lambda folder: [line["step"] for line in log(folder) if "loss" in line]
+state_of = lambda folder: torch.load(folder / "state.pt", weights_only=True)
+def scores(folder):
+    """Means by set and sampling seed, and each row's scores."""
+    rows = {path.name: json.loads(path.read_text())["rougeL"] for path in (folder / "predictions").iterdir()}
+    return json.loads((folder / "eval.json").read_text())["rougeL"], rows
+
+def weights(folder, **changes):
+    """A model's weights by name; those with other entries are written: name=(index, change)."""
+    found = safetensors.torch.load_file(folder / "model.safetensors")
+    for name, (index, change) in changes.items():
+        found[name][index] += change
+        safetensors.torch.save_file(found, folder / "model.safetensors", dict(format="pt"))
+    return found
+def different(a, b):
+    """Names of tensors that are not the same, bit by bit."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+def same_end(found, whole):
+    """Both runs have ended in the same weights, and have said the same on the way."""
+    a, b = state_of(found), state_of(whole)
+    assert a["reached"][:2] == b["reached"][:2] and not different(a["model"], b["model"])
+    assert not different(weights(found / "best"), weights(whole / "best"))
+    assert log(found) == log(whole) and scores(found) == scores(whole)
+    assert sorted(os.listdir(found)) == sorted(os.listdir(whole))
+
+class Child(multiprocessing.get_context("fork").Process):
+    """A copy of this process that runs a command line, after `prepare` has broken something in it."""
+    def __init__(self, command, prepare=bool, main=dskd_ga.main, **environment):
+        super().__init__(daemon=True)
+        self.command, self.prepare, self.main, self.environment = command, prepare, main, environment
+        reading, self.writing = os.pipe()
+        self.start()
+        os.close(self.writing)
+        self.errors = os.fdopen(reading)
+
+    def run(self):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(self.writing, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        os.environ.update(self.environment)
+        self.prepare()
+        self.main(self.command)
+
+    def wait(self, seconds=60):
+        """Its exit status, negative if a signal has ended it."""
+        self.join(seconds)
+        assert not self.is_alive(), f"it runs for more than {seconds} s"
+        return self.exitcode
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return str(probe.getsockname()[1])
+def pair(command, prepare=(bool, bool)):
+    """Two `Child`ren that run it together, as two processes of torchrun."""
+    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    return [Child(command, prepare[n], RANK=str(n), LOCAL_RANK=str(n), **shared) for n in (0, 1)]
+
+def broken(owner, name, call, action, after=False):
+    """For `prepare`: the owner's function does the action before its call of this number, or after it."""
+    function, calls = getattr(owner, name), itertools.count(1)
+    def wrapper(*args, **settings):
+        now = next(calls) == call
+        if now and not after:
+            action(*args)
+        result = function(*args, **settings)
+        if now and after:
+            action(*args)
+        return result
+    return mock.patch.object(owner, name, wrapper).start
+
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+cut_and_die = lambda _, path: (os.truncate(path, 1000), die())  # a file of which a part has been written
+spoil_gradient = lambda model, *_: next(model.parameters()).grad.fill_(NAN)
+disk_is_full = lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # no file gets longer
+
+def refused(capsys, command):
+    """What is said of a command that is refused: one line."""
+    handler = logging.getLogger("transformers").handlers[0]  # it would write beside what is captured
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped, mock.patch.object(handler, "stream", sys.stderr):
+        dskd_ga.main(command)
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.fullmatch("dskd_ga.py: .*\n", errors), errors
+    return errors
+
+TORCHRUN = dict(main=torch.distributed.run.main, OMP_NUM_THREADS="1")
+GA = dict(ga=True, all_positions=True)  # without the choice of positions by argmax, which may be a near-tie
+# a line a step, and dev scores that are all equal
+steady = mock.patch.multiple(dskd_ga, LOG_EVERY=1, rouge_l=lambda texts, references: [50.0] * len(texts))
+# with models without dropout: whatever is cut otherwise computes the same
+still = mock.patch.object(
+    dskd_ga.Distiller, "adversary", functools.partial(dskd_ga.Discriminator, dropout=0.0))
+
+@pytest.fixture(scope="session")
+def runs(small, tmp_path_factory):
+    """The folders of three whole runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = types.SimpleNamespace(plain=run(small, folder / "plain", **GA))
+    with steady:
+        found.steady = run(small, folder / "steady", **GA)
+    with still:
+        found.still = run(small, folder / "still", student=small / "still", save_every=1, **GA)
+    return found
+
+def same_log(found, expected, tolerance=1e-5, ties=0.02):
+    """ties: what counts of near-ties, which may fall to either side, may differ by."""
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    for a, b in zip(found, expected):
+        for name in a.keys() - {"dev_rougeL"}:
+            slack = ties if name in ("n_correct", "accuracy_q", "accuracy_k") else 0
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=slack), (a["step"], name)
+
+@pytest.mark.parametrize("micro_batch", [8, 1])
+@still
+def test_the_cut_into_micro_batches_changes_nothing(small, runs, tmp_path, micro_batch):
+    settings = dict(student=small / "still", save_every=1, micro_batch=micro_batch, **GA)
+    same_log(log(run(small, tmp_path, **settings)), log(runs.still))
+
+@still
+def test_half_precision_trains_as_float32_does(small, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(dskd_ga, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    settings = dict(student=small / "still", save_every=1, **GA)
+    found, expected = log(run(small, tmp_path, **settings)), log(runs.still)
+    assert found[0]["ce"] != expected[0]["ce"]  # the products were done in halves
+    same_log(found, expected, 0.05, 0.1)
+
+def test_processes_on_two_nodes_change_nothing(small, runs, tmp_path):
+    # two processes on one node: see the runs that are killed. A micro-batch has its dropout wherever it is.
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
+    command = ["--nnodes=2", "--nproc_per_node=1", *meeting, dskd_ga.__file__, *flags(small, tmp_path, **GA)]
+    nodes = [Child(command, **TORCHRUN) for _ in range(2)]
+    assert [node.wait(120) for node in nodes] == [0, 0], nodes[0].errors.read()
+    same_log(log(tmp_path / "cma-ga-skl-10"), log(runs.plain))
+
+# ---- what a run writes
+def test_a_run_writes_what_a_user_needs(small, runs):
+    files = sorted(os.listdir(runs.plain))
+    assert files == ["args.json", "best", "eval.json", "log.jsonl", "predictions", "state.pt"]
+    args = json.loads((runs.plain / "args.json").read_text())
+    assert args["args"]["teacher"] == str(small / "teacher") and args["identity"]["lr"] == 5e-4
+    lines = [line for line in log(runs.plain) if "loss" in line]
+    assert [line["step"] for line in lines] == [3, 4, 6, 8] and len(log(runs.plain)) == 6  # two of dev scores
+    terms = ("ce", "ce_t2s", "kd_t2s", "kd_s2t", "D_q", "D_k", "accuracy_q", "accuracy_k", "n_correct")
+    for line in lines:
+        assert line.keys() == {"step", "loss", "lr", "grad_norm", "tokens", *terms}
+        share = (1 + math.cos(math.pi * (line["step"] - 1) / 8)) / 2
+        assert line["lr"] == pytest.approx(1e-7 + (5e-4 - 1e-7) * share)
+        assert all(0 <= line[name] <= 1 for name in terms[4:])
+        kq = line["loss"] - 0.5 * sum(line[name] for name in terms[:4])
+        assert 0.5 < kq < 1.7  # -log D(q) - log(1 - D(k)), which starts near 2 log 2
+    assert {"tokens_per_s", "memory_gb"} < json.loads(open(runs.plain / "log.jsonl").readline()).keys()
+    # a line is the mean of the steps since the last one: `steady` is the same run with a line a step
+    each = [line for line in log(runs.steady) if "loss" in line]
+    for name in ("ce", "kd_s2t", "loss", "D_k", "tokens"):
+        assert lines[0][name] == pytest.approx(sum(line[name] for line in each[:3]) / 3)
+        assert lines[1][name] == each[3][name]
+    state = state_of(runs.plain)
+    assert state["optimizer"] is None and state["reached"][0] == 8
+    assert not different(state["model"], state_of(runs.steady)["model"])
+
+def test_best_is_used_as_it_was_evaluated(small, runs):
+    best = runs.plain / "best"
+    model, tokenizer = (kind.from_pretrained(best) for kind in (
+        transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
+    settings, end = model.generation_config, tokenizer.eos_token_id
+    assert (settings.do_sample, settings.temperature, settings.top_p, settings.top_k) == (True, 1.0, 1.0, 0)
+    assert settings.repetition_penalty == 1.2  # the student's own
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        found, own = (json.loads((folder / name).read_text()) for folder in (best, small / "student"))
+        for key in ("truncation", "padding", "truncation_side", "padding_side", "pad_token"):
+            assert found.get(key) == own.get(key), key
+    dskd_ga.Projectors(64, 160).load_state_dict(torch.load(best / "projectors.pt", weights_only=True))
+    # it stops at the end of text: after three tokens, where all others are forbidden
+    calls, others = itertools.count(), torch.arange(len(tokenizer)) != end
+    forced = lambda ids, logits: logits if next(calls) < 3 else logits.masked_fill(others, -INF)
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    found = pipe("Task: Count on from 5\nAnswer:\n", logits_processor=[forced], return_tensors=True)
+    assert next(calls) <= 4 and found[0]["generated_token_ids"][-1] == end
+
+def test_scores_are_those_of_the_predictions(small, runs):
+    means, rows = scores(runs.plain)
+    assert list(means) == ["seen", "longer", "OOD", "All"] and len(rows) == 4
+    for name in ("seen", "longer"):
+        tested = dskd_ga.read_rows(small / f"{name}.jsonl", 4)
+        for seed, mean in zip((10, 20), means[name], strict=True):
+            found = json.loads((runs.plain / "predictions" / f"{name}-{seed}.json").read_text())
+            assert [dskd_ga.Row(*row) for row in found["rows"]] == tested
+            by_row = dskd_ga.rouge_l(found["texts"], [row.references for row in tested])
+            assert found["rougeL"] == by_row and mean == pytest.approx(sum(by_row) / 4)
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # numpy's
+def test_a_checkpoint_alone_is_evaluated_as_in_its_run(small, runs, tmp_path, monkeypatch, capsys):
+    command = dict(eval_only=runs.plain / "best")
+    dskd_ga.main(flags(small, tmp_path / "one", **command))
+    assert [child.wait() for child in pair(flags(small, tmp_path / "two", **command))] == [0, 0]
+    for name in ("one", "two"):
+        assert scores(tmp_path / name / "cma-ga-skl-10-best") == scores(runs.plain)
+    # means over sets by hand; one sampling has no spread, and says so without a warning
+    number_of_rows = lambda model, tokenizer, rows, *_: ([""] * len(rows), [len(rows)] * len(rows))
+    monkeypatch.setattr(dskd_ga, "respond", number_of_rows)
+    for n in (1, 2, 6):
+        (tmp_path / str(n)).write_text('{"prompt": "a", "output": "b"}\n' * n)
+    command |= dict(eval_seeds=5, tests=[f"t{n}={tmp_path}/{n}" for n in (1, 2, 6)], eval_limit=None)
+    capsys.readouterr()
+    result = dskd_ga.main(flags(small, tmp_path, **command))
+    assert result["rougeL"] == dict(t1=[1], t2=[2], t6=[6], OOD=[4], All=[3])
+    assert capsys.readouterr().out.count("± 0.00") == 5
+
+def test_dev_rows_over_the_limit_of_prompts_are_evaluated(small, tmp_path):
+    rows = [json.loads(line) for line in open(small / "raw.jsonl")]
+    for row in rows[:8]:
+        row["prompt"] *= 9
+    (tmp_path / "raw.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = run(small, tmp_path, method="sft", data=tmp_path, max_prompt=60, epochs=1, clip=0)
+    (score,) = [line["dev_rougeL"] for line in log(folder) if "dev_rougeL" in line]
+    assert 0 <= score <= 100 and steps(folder) == [3, 4]
+    assert weights(folder / "best")["transformer.ln_f.bias"].any()  # --clip 0 does not stop the training
+
+# ---- killed, and gone on with
+@steady
+def test_a_run_killed_at_any_moment_ends_in_the_same_weights(small, runs, tmp_path):
+    for step, *moment in (  # the step of its state then; each goes on from the one before
+            (0, dskd_ga, "response_hidden", 2, die),   # the teacher reads its second batch
+            (0, torch, "save", 1, cut_and_die, True),  # the state of step 3 is written in part
+            (0, os, "replace", 1, die),                # it is whole, but has not taken its place
+            (3, dskd_ga, "gradient", 4, die),
+            (3, os, "replace", 1, die, True),          # best/ is that of step 4, the state that of step 3
+            (3, shutil, "rmtree", 1, die, True),       # the old best/ is gone, the new one not in its place
+            (6, dskd_ga, "gradient", 4, die),
+            (8, dskd_ga, "respond", 3, die)):          # evaluation
+        child = Child(flags(small, tmp_path / "chosen", **GA), broken(*moment))
+        assert child.wait() == -signal.SIGKILL, (moment, child.errors.read())
+        folder = tmp_path / "chosen" / "cma-ga-skl-10"
+        assert (state_of(folder)["reached"][0] if (folder / "state.pt").exists() else 0) == step, moment
+    rng = random.Random(0)
+    for delay in sorted(rng.uniform(0.05, 0.8) for _ in range(7)):
+        child = Child(flags(small, tmp_path / "random", **GA))
+        time.sleep(delay)
+        child.kill()
+        assert child.wait() in (0, -signal.SIGKILL), child.errors.read()
+    for name in ("chosen", "random"):
+        same_end(run(small, tmp_path / name, **GA), runs.steady)
+    assert steps(runs.steady) == list(range(1, 9))
+    # of equal dev scores the later one is kept: best/ is what the last state has
+    kept = {f"student.{name}": value for name, value in weights(runs.steady / "best").items()}
+    for name, value in torch.load(runs.steady / "best" / "projectors.pt", weights_only=True).items():
+        kept[f"proj.{name}"] = value
+    last = state_of(runs.steady)["model"]
+    assert len(kept) > 20 and not different(kept, {name: last[name] for name in kept})
+
+@steady
+def test_a_worse_epoch_after_a_stop_does_not_become_the_best(small, tmp_path, monkeypatch):
+    folder = tmp_path / "cma-skl-10"
+    assert Child(flags(small, tmp_path), broken(dskd_ga, "gradient", 6, die)).wait() == -signal.SIGKILL
+    best = weights(folder / "best")
+    monkeypatch.setattr(dskd_ga, "rouge_l", lambda texts, references: [40.0] * len(texts))
+    run(small, tmp_path)
+    assert state_of(folder)["reached"][1] == 50 and not different(weights(folder / "best"), best)
+
+@steady
+def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_goes_on(small, runs, tmp_path):
+    folders = [tmp_path / name / "cma-ga-skl-10" for name in ("two", "killed")]
+    commands = [flags(small, folder.parent, **GA) for folder in folders]
+    assert [child.wait() for child in pair(commands[0])] == [0, 0]
+    same_log(log(folders[0]), log(runs.steady))  # the number of processes changes nothing
+    for victim, moment in ((1, (dskd_ga, "gradient", 5, die)), (0, (torch, "save", 1, cut_and_die, True))):
+        prepare = [bool, bool]
+        prepare[victim] = broken(*moment)
+        children = pair(commands[1], prepare)
+        assert children[victim].wait() == -signal.SIGKILL and children[1 - victim].wait(20) > 0
+    assert [child.wait() for child in pair(commands[1])] == [0, 0]
+    same_end(folders[1], folders[0])
+
+# ---- contents decide
+def test_the_teacher_is_fine_tuned_once_and_reads_each_row_once(small, tmp_path, monkeypatch):
+    tuned, read, response_hidden = [], [], dskd_ga.response_hidden
+    def counted(model, side):
+        if "Qwen" in type(model).__name__:
+            (tuned if torch.is_grad_enabled() else read).append(len(side.ids))
+        return response_hidden(model, side)
+    monkeypatch.setattr(dskd_ga, "response_hidden", counted)
+    for n, settings in enumerate([dict(ga=True), dict(div="kl")], 1):
+        folder = run(small, tmp_path, teacher_ready=None, **settings)
+        assert sum(tuned) == 32 and sum(read) == 32 * n  # in two epochs
+        teacher = json.loads((folder / "args.json").read_text())["args"]["teacher"]
+        assert teacher == str(tmp_path / "teacher-tuned" / "best")
+    assert "lm_head.weight" in different(weights(pathlib.Path(teacher)), weights(small / "teacher"))
+
+def test_contents_decide_whether_it_is_the_same_run(small, tmp_path, capsys):
+    mine, kept, out = (tmp_path / name for name in ("mine", "kept", "out"))
+    shutil.copytree(small, mine)
+    base, tuned, distilled = dict(teacher_ready=None, eval_limit=1), "teacher-tuned", "cma-skl-10"
+    ready = dict(teacher_ready=True, teacher=out / tuned / "best")
+    folder = run(mine, out, **base)
+    text = lambda file, *change: file.write_text(file.read_text().replace(*change))
+    weight = lambda model, name: weights(model, **{name: (7, 1e-3)})
+    # other contents at the same place, other settings
+    for (change, source, *details), settings, where, other in (
+            ((text, "raw.jsonl", "apple", "apples"), {}, tuned, ["rows"]),
+            ((text, "raw.jsonl", "apple", "apples"), ready, distilled, ["rows"]),
+            ((text, "student/tokenizer.json", '_space": false', '_space": true'), {}, distilled, ["rows"]),
+            ((text, "student/config.json", "0.2", "0.3"), {}, distilled, ["student weights"]),
+            ((weight, "student", "transformer.wte.weight"), {}, distilled, ["student weights"]),
+            ((weight, "teacher", "lm_head.weight"), {}, tuned, ["student weights"]),
+            ((bool, "."), dict(lr=1e-3), distilled, ["lr"]),
+            ((bool, "."), dict(teacher_lr=1e-3), tuned, ["lr"]),
+            ((bool, "."), dict(dev_rows=7), tuned, ["rows", "dev_rows"]),
+            ((bool, "."), ready | dict(teacher=mine / "teacher"), distilled, ["teacher weights"]),
+            ((bool, "."), ready | dict(max_new_tokens=9), distilled, ["max_new_tokens"])):
+        shutil.copytree(mine, kept)
+        change(mine / source, *details)
+        message = refused(capsys, flags(mine, out, **base | settings))
+        assert f"{out}/{where}/args.json: found other {other}, " in message
+        shutil.rmtree(mine)
+        kept.rename(mine)
+    # the same contents elsewhere, of other times, and what is no part of a run: nothing is trained again
+    shutil.copytree(mine, kept, copy_function=shutil.copyfile)
+    with mock.patch.object(dskd_ga, "gradient", None):
+        for settings in ({}, ready, dict(micro_batch=2, eval_batch=1, eval_seeds=2, save_every=99)):
+            assert run(kept, out, **base | settings) == folder
+    # what the messages say helps
+    text(mine / "raw.jsonl", "apple", "apples")
+    for name in (tuned, distilled):
+        message = refused(capsys, flags(mine, out, **base))
+        assert message.startswith(f"dskd_ga.py: {out / name}/args.json: ") and "remove the folder" in message
+        shutil.rmtree(out / name)
+    assert steps(run(mine, out, **base | dict(micro_batch=2))) == [3, 4, 6, 8]
+
+# ---- full disk, numbers that are none
+@pytest.mark.parametrize("moment, last", [
+    ((torch, "save", 4, disk_is_full), 4),  # the state of step 6; the second and third are step 4's
+    ((dskd_ga, "save_best", 2, disk_is_full), 6),
+    ((dskd_ga, "gradient", 6, disk_is_full), 4)], ids=["state", "best", "log"])
+@steady
+def test_a_full_disk_is_told_and_leaves_the_last_save(small, runs, tmp_path, moment, last):
+    child, folder = Child(flags(small, tmp_path, **GA), broken(*moment)), tmp_path / "cma-ga-skl-10"
+    assert child.wait() == 2 and re.fullmatch("dskd_ga.py: .*(File too large|cannot be written).*\n", child.errors.read())
+    assert state_of(folder)["reached"][0] == last and weights(folder / "best")
+    same_end(run(small, tmp_path, **GA), runs.steady)
+
+def test_a_disk_full_on_one_of_two_processes_ends_both(small, tmp_path):
+    def prepare():
+        broken(dskd_ga, "save_best", 1, disk_is_full)()
+        dskd_ga.dist.destroy_process_group = lambda: time.sleep(99)  # waits for the others, as under NCCL
+    children = pair(flags(small, tmp_path), [prepare, bool])
+    assert children[0].wait(30) == 2 and children[1].wait(20) > 0
+    assert re.search("^dskd_ga.py: .*best.tmp .*File too large", children[0].errors.read(), re.M)
+
+def test_a_step_that_is_not_finite_ends_the_run_and_is_not_saved(small, tmp_path):
+    child = Child(flags(small, tmp_path, save_every=2), broken(dskd_ga, "gradient", 7, spoil_gradient, True))
+    folder = tmp_path / "cma-skl-10"
+    assert child.wait() == 2
+    assert re.fullmatch(r"dskd_ga.py: step 8: found .*grad_norm.*\n", child.errors.read())
+    state = state_of(folder)
+    assert state["reached"][0] == steps(folder)[-1] == 6
+    for value in (*state["model"].values(), *weights(folder / "best").values()):
+        assert value.isfinite().all()
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("token", [" apple", "<|endoftext|>"])  # the second is predicted, never read
+def test_a_teacher_that_is_not_finite_trains_nobody(small, tmp_path, capsys, value, token):
+    teacher = shutil.copytree(small / "teacher", tmp_path / "teacher")
+    (row,) = transformers.AutoTokenizer.from_pretrained(teacher)(token)["input_ids"]
+    weights(teacher, **{"model.embed_tokens.weight": (row, value)})
+    assert "teacher" in refused(capsys, flags(small, tmp_path, teacher=teacher))
+    assert not list(tmp_path.glob("*/state.pt"))
+    assert not [path for path in tmp_path.glob("*/log.jsonl") if path.read_text()]
+
+# ---- bad input
+BAD = dict(clip=-1, skew=2, epochs=-1, batch_size=0, temperature=0, eval_seeds=-1, lr="nan", kq_weight="inf")
+BAD = [({name: value}, f"--{name.replace('_', '-')}: found {value}") for name, value in BAD.items()]
+BAD += [(dict(tests=value), f"--tests: found {value}, ") for value in ("OOD=x", "All=x", "seen", "../a=x")]
+BAD += [({name: "/no/such"}, "/no/such") for name in ("student", "teacher", "data", "eval_only")]
+BAD += [  # settings, and what the line says
+    (dict(tests=["a=x", "a=y"]), "--tests: found a=y, "), (dict(tests="a=/no/such"), "/no/such"),
+    (dict(tests=f"a={__file__}"), f"{__file__}, line 1: "), (dict(out=__file__), __file__),
+    (dict(out="/proc/none"), "/proc/none"), (dict(micro_batch=3), "--batch-size: found 8, .* multiple of 3"),
+    (dict(dev_rows=39, batch_size=4), ": found 1, "), (dict(max_prompt=2), ": found 0, "),
+    (dict(method="sft", ga=True), "--ga"), (dict(method="sft", normalise_queries=True), "--normalise-q"),
+    (dict(max_new_tokens=250, teacher_ready=None), r"student: found a row of 2[5-9]\d .* 256 positions")]
+
+@pytest.mark.parametrize("settings, said", BAD, ids=str)
+def test_settings_that_cannot_work_are_told_in_one_line(small, tmp_path, capsys, settings, said):
+    assert re.search(said, refused(capsys, flags(small, tmp_path, **settings)))
+    assert not list(tmp_path.glob("**/state.pt"))
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_rows_that_a_model_cannot_read_are_told_first(small, tmp_path, capsys, which):
+    models = dict(student=small / "student", teacher=small / "teacher-same")  # with the same tokenizer
+    tokenizer, ready = transformers.AutoTokenizer.from_pretrained(models[which]), which == "teacher" or None
+    rows = dskd_ga.pairs(dskd_ga.read_rows(small / "raw.jsonl")[8:], [tokenizer])
+    longest, highest = (max(size(row.s.ids) for row in rows) for size in (len, max))
+    for name, sizes, said in (
+            ("short", dict(n_positions=longest - 1), f"a row of {longest} .* its {longest - 1} positions"),
+            ("narrow", dict(vocab_size=highest), f"the token {highest}, expected its {highest} embeddings"),
+            ("enough", dict(n_positions=longest, vocab_size=highest + 1), None)):
+        folder = shutil.copytree(models[which], tmp_path / name)
+        config = transformers.AutoConfig.from_pretrained(folder, **sizes)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        command = flags(small, tmp_path / "out", teacher_ready=ready, epochs=0.25, eval_limit=1,
+                        max_new_tokens=1, tests=f"seen={small}/seen.jsonl", **models | {which: folder})
+        if said:
+            assert re.search(f"{folder}: found {said}", refused(capsys, command))
+            assert not list(tmp_path.glob("out/cma*/state.pt"))
+    dskd_ga.main(command)
+
+# ---- in processes of their own
+def test_torchrun_tells_bad_input_in_one_line_and_ends(small, tmp_path):
+    command = [dskd_ga.__file__, *flags(small, tmp_path, batch_size=40, micro_batch=20)]
+    torchrun = Child(["--nproc_per_node=2", "--master-port", free_port(), *command], **TORCHRUN)
+    assert torchrun.wait() > 0
+    errors = torchrun.errors.read()
+    lines = re.findall("^dskd_ga.py: .*", errors, re.M)
+    assert lines and all("found 32, expected at least --batch-size" in line for line in lines), errors
+    assert f'File "{dskd_ga.__file__}"' not in errors  # torchrun's own traceback there is
+
+class Hub(http.server.SimpleHTTPRequestHandler):
+    """A stand-in of the hub: files ORG/NAME/FILE of its server's folder."""
+    def translate_path(self, path):
+        self.server.asked.append(f"{self.command} {path}")
+        return str(self.server.folder) + re.sub("^(/datasets)?(/.*)/resolve/[^/]*", r"\2", path)
+
+    def end_headers(self):
+        self.send_header("ETag", hashlib.sha1(self.path.encode()).hexdigest())
+        self.send_header("X-Repo-Commit", 40 * "0")
+        self.send_header("X-Error-Code", "RepoNotFound" if "nobody" in self.path else "EntryNotFound")
+        super().end_headers()
+
+# runs command lines one after the other, each with a file of its own for what it writes to stderr
+ONE_BY_ONE = """import huggingface_hub, json, os, sys, dskd_ga
+for number, (offline, command) in enumerate(json.loads(sys.argv[1])):
+    os.dup2(os.open(f"stderr-{number}", os.O_WRONLY | os.O_CREAT), 2)
+    huggingface_hub.constants.HF_HUB_OFFLINE = offline
+    try:
+        dskd_ga.main(command)
+    except SystemExit as stopped:
+        print("status", stopped.code, file=sys.stderr)
+"""
+
+def test_models_and_data_come_from_the_hub_once(small, tmp_path):
+    served = tmp_path / "served"
+    shutil.copytree(small, served / "tiny")
+    for source in dskd_ga.TEST_SETS:
+        file = served / source.partition("=")[2]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(small / "seen.jsonl", file)
+    shutil.copy(small / "raw.jsonl", served / "MiniLLM" / "dolly")
+    nothing = dict(tests="own=MiniLLM/dolly/nothing.jsonl")
+    wanted = [(False, {}, ""), (False, dict(student="nobody/none"), "nobody/none"),
+              (False, dict(data="nobody/none"), "nobody/none/raw.jsonl"), (False, nothing, "nothing.jsonl"),
+              (True, dict(seed=11), ""), (True, nothing, "nothing.jsonl")]  # offline, settings, what is said
+    base = dict(student="tiny/student", teacher="tiny/teacher", data=None, tests=None, eval_limit=2)
+    commands = [(offline, flags(small, tmp_path, **base | settings)) for offline, settings, _ in wanted]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.folder, server.asked = served, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = os.environ | dict(
+            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path / "home"),
+            HF_HUB_OFFLINE="0", OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
+        process = [sys.executable, "-c", ONE_BY_ONE, json.dumps(commands)]
+        subprocess.run(process, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, timeout=100)
+        server.shutdown()
+    got = [request.rpartition("/")[2] for request in server.asked if request.startswith("GET")]
+    assert [got.count(name) for name in ("model.safetensors", "valid.jsonl", "raw.jsonl")] == [2, 5, 1]
+    for number, (_, _, named) in enumerate(wanted):
+        expected = f"dskd_ga.py: .*{named}.*\nstatus 2\n" if named else ""
+        assert re.fullmatch(expected, (tmp_path / f"stderr-{number}").read_text()), named
+    assert server.asked[-1].endswith("/nothing.jsonl")  # nothing was asked for offline
+    for seed in (10, 11):
+        assert " ".join(scores(tmp_path / f"cma-skl-{seed}")[0]) == "Dolly SelfInst Vicuna S-NI UnNI OOD All"

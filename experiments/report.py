@@ -4,8 +4,8 @@
     python experiments/report.py runs/sft-10 runs/sft-20 runs/cma-ga-skl-10 runs/cma-ga-skl-20 --baseline sft
 
 A run's folder is NAME-SEED. Runs that differ only in the training seed share a line; a folder without a
-number at its end, like `untrained`, is a run of its own. It reads RUN/eval.json and, if chunks.py has written
-it, RUN/alignment.json. On the paper's five test sets, the paper's numbers stand beside those of its methods.
+number at its end, like `untrained`, is a run of its own. It reads RUN/eval.json, RUN/predictions/ and, if
+chunks.py has written it, RUN/alignment.json; --keep FOLDER writes there what the table needs of each run. On the paper's five test sets, the paper's numbers stand beside those of its methods.
 """
 import json
 import pathlib
@@ -46,6 +46,20 @@ class Run(NamedTuple):
     rows: dict        # test set -> each row's ROUGE-L, the mean over sampling seeds
     alignment: dict   # the numbers of alignment.json; empty: there is none
 
+def row_scores(folder, result):
+    """Test set -> each row's ROUGE-L, the mean over sampling seeds. result: eval.json's; it has them if --keep
+    has written it, otherwise they are in predictions/."""
+    if "rows" in result:
+        return result["rows"]
+    rows = {}
+    for test_set in [name for name in result["rougeL"] if name not in ("OOD", "All")]:
+        scores = []
+        for seed in result["args"]["eval_seeds"]:
+            path = folder / "predictions" / f"{test_set}-{seed}.json"
+            scores.append(json.loads(path.read_text())["rougeL"])
+        rows[test_set] = np.mean(scores, 0).round(2).tolist()
+    return rows
+
 def read_run(folder):
     """The `Run` of a folder. InputError: it has no eval.json, or not all that belongs there."""
     name, seed = folder.resolve().name, None
@@ -55,7 +69,7 @@ def read_run(folder):
     try:
         scores = json.loads((folder / "eval.json").read_text())
         numbers = json.loads(path.read_text()) if path.exists() else {}
-        return Run(name, seed, scores["rougeL"], scores["rows"], numbers)
+        return Run(name, seed, scores["rougeL"], row_scores(folder, scores), numbers)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: found {error!r}, expected a finished run") from error
 
@@ -133,18 +147,30 @@ def table(runs, baseline=None):
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
+def keep(run, folder):
+    """Writes what the table needs of the run into a folder, which `read_run` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "eval.json").write_text(json.dumps(dict(rougeL=run.rougeL, rows=run.rows)))
+    if run.alignment:
+        (folder / "alignment.json").write_text(json.dumps(run.alignment))
+
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=pathlib.Path, help="folder of a finished run")
     parser.add_argument("--baseline", metavar="NAME", help="also print differences to the runs NAME-SEED")
+    parser.add_argument("--keep", metavar="FOLDER", type=pathlib.Path, help="write the table's numbers there")
     args = parser.parse_args(argv)
     try:
-        print(table([read_run(folder) for folder in args.runs], args.baseline))
+        runs = [read_run(folder) for folder in args.runs]
+        print(table(runs, args.baseline))
     except InputError as error:
         print(f"report.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print("\nMean over training and sampling seeds ± standard deviation over training seeds (over sampling "
           "seeds, within a run); [95 % interval of a difference].")
+    if args.keep:
+        for run, folder in zip(runs, args.runs):
+            keep(run, args.keep / folder.resolve().name)
 
 if __name__ == "__main__":
     main()

@@ -507,8 +507,20 @@ def test_bootstrap_intervals():
     assert report.bootstrap([high], [low]) == pytest.approx([2, 2])  # sets count alike, whatever their sizes
 
 def test_finished_runs_are_reported_and_bad_input_is_one_line(data, tmp_path, capsys):
-    report.main([*[str(data / name) for name in RUNS], "--baseline", "clp-skl"])
-    lines = capsys.readouterr().out.splitlines()
+    kept = tmp_path / "kept"  # has the table's numbers without the predictions
+    report.main([*[str(data / name) for name in RUNS], "--baseline", "clp-skl", "--keep", str(kept)])
+    printed = capsys.readouterr().out
+    report.main([*[str(kept / name) for name in RUNS], "--baseline", "clp-skl"])
+    assert capsys.readouterr().out == printed
+    for name in RUNS:  # the mean over seeds, row by row and of all rows
+        found = json.loads((kept / name / "eval.json").read_text())
+        for test_set, rows in found["rows"].items():
+            seeds = [json.loads(path.read_text())["rougeL"] for path in
+                     (data / name / "predictions").glob(f"{test_set}-*.json")]
+            assert rows == pytest.approx([sum(row) / len(row) for row in zip(*seeds)], abs=0.006)
+            assert sum(rows) / len(rows) == pytest.approx(
+                sum(found["rougeL"][test_set]) / len(seeds), abs=0.006)
+    lines = printed.splitlines()
     assert lines[2].startswith("| clp-skl | 1 | ") and lines[3].startswith("| cla-ga-skl | 1 | ")
     (tmp_path / "eval.json").write_text("{}")
     for main, flags, message in (
