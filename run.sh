@@ -34,6 +34,7 @@ job=${1:-demo}
 shift || true
 case $job in
     demo)
+        export OMP_NUM_THREADS=1  # for models as small as these, a second thread only waits
         out=runs/demo
         flags=$(demo_flags $out)
         [ -d $out/data/teacher-same ] || $python experiments/demo.py $out/data
