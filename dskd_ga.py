@@ -305,8 +305,7 @@ def load_model(source,  # a folder or hub id
         model = model.to(device).eval().requires_grad_(False)  # a vision tower, say, gets no gradient
         model.get_decoder().requires_grad_(True)
         head.requires_grad_(True)
-        # the sampling of the evaluation; it is saved with every checkpoint
-        model.generation_config.update(
+        model.generation_config.update(  # the evaluation's sampling; saved with every checkpoint
             do_sample=True, temperature=1.0, top_p=1.0, top_k=0, eos_token_id=end, pad_token_id=end)
         # a test: the logits that it generates from behind padding are head times trunk without padding
         ids, mask = torch.tensor([[end, 1, 2], [0, 1, 1]], device=device).unsqueeze(1)
@@ -322,10 +321,10 @@ def load_model(source,  # a folder or hub id
 
 def check_readable(model, sequences, more=0):
     """Refuses lists of ids that the model cannot read, each with `more` tokens after it."""
-    longest = max(map(len, sequences)) + more
+    longest = max(map(len, sequences), default=0) + more
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
     check(longest <= limit, model.name_or_path, f"a row of {longest} tokens", f"its {limit} positions")
-    size, highest = len(model.get_input_embeddings().weight), max(map(max, sequences))
+    size, highest = len(model.get_input_embeddings().weight), max(map(max, sequences), default=0)
     check(highest < size, model.name_or_path, f"the token {highest}", f"its {size} embeddings")
 
 @torch.no_grad()
@@ -529,7 +528,6 @@ def dual_space_losses(
         a_t2s, a_s2t = cross_model_attention(q, k, s.mask.unsqueeze(2) & t.mask.unsqueeze(1))  # (3)
     else:
         a_t2s, a_s2t = align(q, k, s, t)
-    # the hidden states of either model, brought to the other's space and positions
     v_s2t = proj.s2t(h_s)                                                                     # (4)
     v_t2s = proj.t2s(std_normalise(h_t, t.mask) + std_normalise(e_t_target, t.mask))          # (5)
     h_t2s, h_s2t = a_t2s @ v_t2s, a_s2t @ v_s2t                                               # (6)
@@ -599,7 +597,6 @@ SFT_SETTINGS = ("dev_rows", "dev_samplings", "max_new_tokens", "max_prompt", "ma
 NO_IDENTITY = {"out", "name", "eval_only", "student", "teacher", "teacher_ready", "teacher_epochs",
                "teacher_lr", "data", "micro_batch", "save_every", "tests", "eval_seeds", "eval_limit",
                "eval_batch", "no_repeat_ngram"}
-
 def seed_torch(*numbers):  # by what is computed next: a restart draws the same numbers
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
@@ -643,11 +640,11 @@ def optimizer_for(model, args):
             group["params"].append(parameter)
     return torch.optim.AdamW(groups.values(), fused=True)
 
-def gradient(model, micro_batches, step, args, device):
-    """Leaves an optimiser step's gradient in the parameters; returns this process's share of the log's means.
-    Losses are divided by the whole step's tokens: micro-batches and processes change at most dropout."""
+def gradient(model, micro_batches,  # lists of `Pair`s, all those of an optimiser step
+             step, args, device):
+    """Leaves the step's gradient in the parameters; returns this process's share of the log's means."""
     rank, processes = world()
-    rows = sum(micro_batches, [])
+    rows = sum(micro_batches, [])  # all: the cut into micro-batches and processes changes at most dropout
     n_s = sum(pair.s.count for pair in rows)
     n_t = sum(pair.t.count for pair in rows if pair.t is not None)
     shares = collections.Counter()
@@ -668,7 +665,6 @@ def set_up(args, folder, device, distiller):
     """Checks a run and writes args.json; what is trained, the student's tokenizer, `Pair`s, dev `Row`s."""
     rows = read_rows(fetch(f"{args.data}/raw.jsonl"))
     dev, rest = rows[:args.dev_rows], rows[args.dev_rows:]
-    check(rest, args.data, f"{len(rows)} rows", f"more than --dev-rows {args.dev_rows}")
     student, tokenizer = load_model(args.student, device)
     check_readable(student, prompt_ids(tokenizer, dev, args.max_prompt), args.max_new_tokens)
     readers, tokenizers, teacher, names = [student], [tokenizer], None, SFT_SETTINGS
@@ -769,7 +765,7 @@ def train(args, folder, device, distiller=Distiller):
         if saves:
             state = dict(model=model.state_dict(), reached=(step, best_score, log_path.stat().st_size))
             state["optimizer"] = optimizer.state_dict() if step < total_steps else None  # no step is left
-            replace(state_path, lambda fresh: torch.save(state, fresh))
+            replace(state_path, lambda fresh: torch.save(state, open(fresh, "wb")))
             since = time.perf_counter()
     if processes > 1:
         dist.barrier()  # the first process may still be writing
@@ -811,7 +807,7 @@ def respond(model, tokenizer, rows, seed, args, no_repeat_ngram=0):
     return texts, scores
 
 def read_tests(args, device):
-    """The rows of each test set, by name. What cannot be evaluated is refused before anything is trained."""
+    """The rows of each test set, by name. Rows that the model cannot read are refused before any training."""
     sources = {}
     for item in args.tests:
         name, _, source = item.partition("=")
@@ -822,6 +818,11 @@ def read_tests(args, device):
     model, tokenizer = load_model(args.eval_only or args.student, device)
     for rows in tests.values():
         check_readable(model, prompt_ids(tokenizer, rows, args.max_prompt), args.max_new_tokens)
+    if not args.eval_only:  # before a teacher is fine-tuned
+        rows = read_rows(fetch(f"{args.data}/raw.jsonl"))[args.dev_rows:]
+        check(rows, args.data, "no rows to train on", "more than --dev-rows")
+        kept = pairs(rows, [tokenizer], args.max_prompt, args.max_length)
+        check_readable(model, [pair.s.ids for pair in kept])
     return tests
 
 def evaluate(args, source, folder, tests, device):
@@ -859,11 +860,10 @@ def experiment(args, device, distiller):
     check(args.batch_size % at_once == 0, "--batch-size", args.batch_size, f"a multiple of {at_once}")
     name = args.method + "-ga" * args.ga + "-nq" * args.normalise_queries
     name += f"-{args.div}" * (args.method != "sft")
-    # the teacher's fine-tuning: one for all runs, whatever their method, divergence and seed
     if args.method != "sft" and not args.teacher_ready:
         tuning = vars(args) | dict(method="sft", ga=False, normalise_queries=False, student=args.teacher,
                                    epochs=args.teacher_epochs, lr=args.teacher_lr, seed=10)
-        tuned = out / f"{pathlib.Path(args.teacher).name}-tuned"
+        tuned = out / f"{pathlib.Path(args.teacher).name}-tuned"  # one for all runs in the folder
         args.teacher = str(train(argparse.Namespace(**tuning), tuned, device))
     folder = out / f"{args.name or name}-{args.seed}"
     return evaluate(args, train(args, folder, device, distiller), folder, tests, device)

@@ -38,9 +38,12 @@ case $job in
         out=runs/demo
         flags=$(demo_flags $out)
         [ -d $out/data/teacher-same ] || $python experiments/demo.py $out/data
-        once $out/untrained $python dskd_ga.py $flags --eval-only $out/data/student --name untrained
-        once $out/sft-10 $python dskd_ga.py $flags --method sft
-        once $out/cma-skl-10 $python dskd_ga.py $flags
+        {   # on a second core, beside the next run; its output is in a file
+            once $out/untrained $python dskd_ga.py $flags --eval-only $out/data/student --name untrained
+            once $out/sft-10 $python dskd_ga.py $flags --method sft
+        } > $out/sft.log 2>&1 &
+        once $out/cma-skl-10 $python dskd_ga.py $flags  # fine-tunes the teacher first
+        wait $!
         once $out/cma-ga-skl-10 $python dskd_ga.py $flags --ga
         once $out/teacher $python dskd_ga.py $flags --eval-only $out/teacher-tuned/best --name teacher
         $python experiments/report.py --baseline sft $out/{untrained,sft-10,cma-skl-10,cma-ga-skl-10,teacher}
