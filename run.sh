@@ -36,16 +36,18 @@ case $job in
     demo)
         export OMP_NUM_THREADS=1  # for models as small as these, a second thread only waits
         out=runs/demo
-        flags=$(demo_flags $out)
+        flags="$(demo_flags $out) --teacher-epochs 4"
         [ -d $out/data/teacher-same ] || $python experiments/demo.py $out/data
         {   # on a second core, beside the next run; its output is in a file
             once $out/untrained $python dskd_ga.py $flags --eval-only $out/data/student --name untrained
             once $out/sft-10 $python dskd_ga.py $flags --method sft
-        } > $out/sft.log 2>&1 &
+        } > $out/beside.log 2>&1 &
         once $out/cma-skl-10 $python dskd_ga.py $flags  # fine-tunes the teacher first
         wait $!
+        once $out/teacher $python dskd_ga.py $flags --eval-only $out/teacher-tuned/best --name teacher \
+            >> $out/beside.log 2>&1 &
         once $out/cma-ga-skl-10 $python dskd_ga.py $flags --ga
-        once $out/teacher $python dskd_ga.py $flags --eval-only $out/teacher-tuned/best --name teacher
+        wait $!
         $python experiments/report.py --baseline sft $out/{untrained,sft-10,cma-skl-10,cma-ga-skl-10,teacher}
         $python experiments/chunks.py --figure $out/alignment $out/{cma-skl-10,cma-ga-skl-10} ;;
     test) exec $python -m pytest -q "$@" ;;
