@@ -229,6 +229,16 @@ def test_sliced_loss(positions, size, heads):
     same(gradients(0.7 * found[0], leaves), gradients(0.7 * expected[0], leaves))
     assert sum(lengths) == positions  # still: the gradient was formed with the loss, no product comes twice
 
+def test_sliced_loss_of_a_large_vocabulary_goes_piece_by_piece():
+    h, W, target = normal(5, 2, grad=True), normal(2 ** 21, 2, grad=True), torch.tensor([3, 1, 4, 1, 5])
+    lengths = []
+    def fn(logits, target):
+        lengths.append(len(target))
+        return [F.cross_entropy(logits, target, reduction="sum")]
+    (found,) = sliced_loss(fn, [(h, W)], [target])
+    assert lengths == [2, 2, 1]  # all in one slice: its product is not cut
+    same_with_gradients(found, F.cross_entropy(h @ W.T, target, reduction="sum"), [h, W])
+
 # ---- objective
 TERMS = ("ce", "ce_t2s", "kd_t2s", "kd_s2t")
 
