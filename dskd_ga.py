@@ -65,7 +65,6 @@ TEST_SETS = ["Dolly=MiniLLM/dolly/valid.jsonl", "SelfInst=MiniLLM/self-inst/vali
              "Vicuna=MiniLLM/Vicuna/valid.jsonl", "S-NI=MiniLLM/sinst/11_/valid.jsonl",
              "UnNI=MiniLLM/uinst/11_/valid.jsonl"]
 MAY_BE_ZERO = ("skew", "kq_weight", "clip", "seed", "eval_seeds", "no_repeat_ngram")
-
 class InputError(ValueError):
     """Bad settings, rows or models: `main` prints it in one line and ends with status 2."""
 def check(ok, where, found, expected):
@@ -893,6 +892,7 @@ def main(argv=None, parser=None, distiller=Distiller):
             os._exit(2)  # at once: the other processes may be waiting for this one
         sys.exit(2)
     if dist.is_initialized():
+        dist.barrier()  # no process leaves while another still needs it
         dist.destroy_process_group()
     return result
 
