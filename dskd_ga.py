@@ -18,12 +18,11 @@ Contents: 1 arguments, 2 data, 3 models, 4-7 the paper, 8 training, 9 evaluation
 ROUGE-L, the paper's metric, sees only a-z and 0-9: it says nothing about responses in other scripts.
 
 Departures from the paper, each marked NOT IN PAPER where it happens
-  1. KD^{t->s} counts only positions where argmax q^{t->s} is the gold token, as in the authors' code;
-     --all-positions gives eq. (8) to the letter.
+  1. KD^{t->s} counts only where argmax q^{t->s} is gold, as in the authors' code; --all-positions: always.
   2. KD^{s->t} is forward KL whatever --div is, as in the authors' code; --s2t-div changes it.
   3. Eq. (8) prints f(p^s || q^{t->s}). As in the authors' code, f's first argument is the distribution that
      is learnt from: kl is KL(q^{t->s} || p^s) and KL(p^t || q^{s->t}).
-  4. N_std is over each sequence's own real positions, so that a loss depends on neither padding nor batch.
+  4. N_std is over each sequence's own real positions: a loss depends on neither padding nor batch.
   5. D is trained, as eq. (14) says, and L_KQ takes means over the step's real positions. In the authors' code
      D keeps its random start, and the means are over padding too.
   6. A step's rows are sorted by length into micro-batches; an epoch's last, incomplete step is left out.
@@ -64,7 +63,7 @@ DIVERGENCES = ("kl", "rkl", "jsd", "skl", "srkl", "akl")
 TEST_SETS = ["Dolly=MiniLLM/dolly/valid.jsonl", "SelfInst=MiniLLM/self-inst/valid.jsonl",
              "Vicuna=MiniLLM/Vicuna/valid.jsonl", "S-NI=MiniLLM/sinst/11_/valid.jsonl",
              "UnNI=MiniLLM/uinst/11_/valid.jsonl"]
-MAY_BE_ZERO = ("skew", "kq_weight", "clip", "seed", "eval_seeds", "no_repeat_ngram")
+MAY_BE_ZERO = ("skew", "kq_weight", "clip", "seed", "eval_seeds", "eval_temperature", "no_repeat_ngram")
 class InputError(ValueError):
     """Bad settings, rows or models: `main` prints it in one line and ends with status 2."""
 def check(ok, where, found, expected):
@@ -115,6 +114,7 @@ def build_parser(methods=("cma", "sft")):
     add("--dev-samplings", type=int, default=3, help="of dev rows; their mean chooses `best`; 1 is faster")
     add("--tests", metavar="NAME=FILE", nargs="+", default=TEST_SETS, help="OOD: mean of all but the first")
     add("--eval-seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50], help="one sampling each")
+    add("--eval-temperature", type=float, default=1.0, help="of test sets; 0: the likeliest tokens, one seed")
     add("--eval-limit", type=int, default=10000, help="first rows of each test set; fewer for a quick look")
     add("--eval-batch", type=int, default=64, help="rows sampled at a time; fewer if memory is short")
     add("--max-new-tokens", type=int, default=256, help="longest response; fewer for short answers")
@@ -243,7 +243,7 @@ def plan_epoch(data, batch_size, micro_batch, seed, epoch):
     for start in range(0, len(data) - batch_size + 1, batch_size):
         rows = [data[row] for row in order[start:start + batch_size]]
         # NOT IN PAPER: rows of like length share a micro-batch, so that little is padded (departure 6)
-        rows.sort(key=lambda pair: sum(len(example.ids) for example in pair if example))
+        rows.sort(key=lambda pair: len(pair.s.ids))
         steps.append([rows[i:i + micro_batch] for i in range(0, batch_size, micro_batch)])
     return steps
 
@@ -546,9 +546,8 @@ def dual_space_losses(
 class Distiller(nn.Module):
     """What is trained: the student and, with a teacher, projectors and discriminator. A subclass is another
     method: it overrides annotate, align, distil or match, or sets projectors to None."""
-    projectors, adversary = Projectors, Discriminator
-    annotate = None  # or a method, see `pairs`
-    align = None     # or a method, see `dual_space_losses`
+    projectors, adversary, weights = Projectors, Discriminator, (0.5, 0.5, 0.5, 0.5)
+    annotate = align = None  # or methods; these and weights: see `pairs` and `dual_space_losses`
     def __init__(self, student, teacher, args):
         super().__init__()
         self.student, self.args = student, args
@@ -565,7 +564,7 @@ class Distiller(nn.Module):
         names = ("div", "s2t_div", "temperature", "skew", "all_positions", "normalise_queries")
         return dual_space_losses(
             self.proj, s, t, h_s, h_t, self.student.get_input_embeddings(), self.teacher.embeddings,
-            head_of(self.student), self.teacher.head, align=self.align,
+            head_of(self.student), self.teacher.head, align=self.align, weights=self.weights,
             **{name: getattr(self.args, name) for name in names})
     def match(self, q, k, s, t, n_s, n_t):
         """With --ga: L_KQ and detached sums for the log."""
@@ -595,7 +594,7 @@ SFT_SETTINGS = ("dev_rows", "dev_samplings", "max_new_tokens", "max_prompt", "ma
 # settings outside a run's identity; rows and models are in it by their contents, not by their names
 NO_IDENTITY = {"out", "name", "eval_only", "student", "teacher", "teacher_ready", "teacher_epochs",
                "teacher_lr", "data", "micro_batch", "save_every", "tests", "eval_seeds", "eval_limit",
-               "eval_batch", "no_repeat_ngram"}
+               "eval_batch", "eval_temperature", "no_repeat_ngram"}
 def seed_torch(*numbers):  # by what is computed next: a restart draws the same numbers
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
@@ -604,6 +603,7 @@ def replace(path, save):
     if world()[0] > 0:
         return
     fresh = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         save(fresh)
     except Exception as error:  # torch and safetensors wrap the disk's error: show it
@@ -689,7 +689,6 @@ def set_up(args, folder, device, distiller):
         changed = [name for name in identity if found.get(name) != identity[name]]
         check(not changed, path, f"other {changed}", "this run's; remove the folder or give another --out")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(path, dict(identity=identity, command=sys.argv, args=vars(args)))
     return model, tokenizer, data, dev
 
@@ -778,8 +777,8 @@ def rouge_l(predictions, references):
             for prediction, texts in zip(predictions, references, strict=True)]
 
 @torch.no_grad()
-def respond(model, tokenizer, rows, seed, args, no_repeat_ngram=0):
-    """A sampled response to each row, and its ROUGE-L. Batches and seeds do not depend on the processes."""
+def respond(model, tokenizer, rows, seed, args):
+    """A response to each row, and its ROUGE-L. Batches and seeds do not depend on the processes."""
     rank, processes = world()
     model.eval()
     end, device, size = tokenizer.eos_token_id, model.device, args.eval_batch
@@ -792,11 +791,9 @@ def respond(model, tokenizer, rows, seed, args, no_repeat_ngram=0):
         mask = padded([[1] * len(prompts[row]) for row in batch], 0, "left").to(device)
         seed_torch(seed, start)
         with autocast(device):  # the rest is in the generation_config, set by `load_model`
-            whole = model.generate(ids, attention_mask=mask, max_new_tokens=args.max_new_tokens,
-                                   no_repeat_ngram_size=no_repeat_ngram)
+            whole = model.generate(ids, attention_mask=mask, max_new_tokens=args.max_new_tokens)
         texts = tokenizer.batch_decode(whole[:, ids.shape[1]:], skip_special_tokens=True)
-        for row, text in zip(batch, texts):
-            found.append((row, text, *rouge_l([text], [rows[row].references])))
+        found += zip(batch, texts, rouge_l(texts, [rows[row].references for row in batch]))
     if processes > 1:
         parts = [None] * processes
         dist.all_gather_object(parts, found)
@@ -827,15 +824,18 @@ def read_tests(args, device):
 def evaluate(args, source, folder, tests, device):
     """Samples and scores each test set once a seed; writes predictions/ and eval.json into the folder."""
     model, tokenizer = load_model(source, device)
-    predictions = folder / "predictions"
-    predictions.mkdir(parents=True, exist_ok=True)
+    temperature = args.eval_temperature
+    seeds = args.eval_seeds if temperature else args.eval_seeds[:1]  # without sampling all are alike
+    model.generation_config.update(do_sample=temperature > 0, temperature=temperature or 1.0,
+                                   no_repeat_ngram_size=args.no_repeat_ngram)
     means = {}  # of each set, one a seed
     for name, rows in tests.items():
         means[name] = []
-        for seed in args.eval_seeds:
-            texts, scores = respond(model, tokenizer, rows, seed, args, args.no_repeat_ngram)
+        for seed in seeds:
+            texts, scores = respond(model, tokenizer, rows, seed, args)
             means[name].append(float(np.mean(scores)))
-            write_json(predictions / f"{name}-{seed}.json", dict(rows=rows, texts=texts, rougeL=scores))
+            write_json(folder / f"predictions/{name}-{seed}.json",
+                       dict(rows=rows, texts=texts, rougeL=scores))
     sets = list(means.values())
     for name, part in (("OOD", sets[1:]), ("All", sets)):
         if part:

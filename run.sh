@@ -15,6 +15,7 @@ if ! cat "${requirements[@]}" | cmp -s - .venv/installed.txt; then
     cat "${requirements[@]}" > .venv/installed.txt
 fi
 python=.venv/bin/python
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000  # glibc keeps memory that a step has freed for the next
 
 once() {  # once FOLDER COMMAND...: nothing if the folder has its eval.json
     local folder=$1
@@ -29,6 +30,37 @@ demo_flags() {  # demo_flags OUT
         --epochs 4 --lr 2e-3 --lr-projectors 2e-3 --teacher-epochs 8 --teacher-lr 2e-3 \
         --dev-samplings 1 --eval-seeds 10 20 30 --max-new-tokens 40 --no-repeat-ngram 0
 }
+
+# the flags of `few` and `many`: models that were trained before learn from 400 rows
+trained_flags() {  # trained_flags ROWS
+    local out=runs/$1
+    echo --out $out --data $out/data --student $out/student-10/best --teacher $out/teacher-10/best --teacher-ready \
+        --tests seen=$out/data/seen.jsonl longer=$out/data/longer.jsonl --dev-rows 100 --batch-size 16 \
+        --micro-batch 16 --epochs 80 --lr 2e-3 --lr-projectors 2e-3 --dev-samplings 1 --eval-seeds 10 20 30 \
+        --max-new-tokens 40 --no-repeat-ngram 0
+}
+
+prepare() {  # prepare ROWS: the rows, and the models that learn from others before
+    local out=runs/$1 flags
+    flags="$(trained_flags $1) --method sft --batch-size 32"
+    [ -d $out/data/teacher-same ] || $python experiments/demo.py $out/data --rows $1
+    once $out/student-10 $python dskd_ga.py $flags --name student --epochs 8 \
+        --student $out/data/student --data $out/data/before-student
+    once $out/teacher-10 $python dskd_ga.py $flags --name teacher --epochs 4 \
+        --student $out/data/teacher --data $out/data/before-teacher
+    once $out/same-10 $python dskd_ga.py $flags --name same --epochs 4 \
+        --student $out/data/teacher-same --data $out/data/before-teacher
+}
+
+train_and_evaluate() {  # train_and_evaluate ROWS NAME-SEED SCRIPT FLAG...: and once more without sampling
+    local out=runs/$1 run=$2 script=$3 flags
+    flags=$(trained_flags $1)
+    shift 3
+    once $out/$run $python $script $flags --seed ${run##*-} "$@"
+    once $out/${run%-*}-greedy-${run##*-} $python dskd_ga.py $flags --eval-only $out/$run/best \
+        --name ${run%-*}-greedy-${run##*-} --eval-temperature 0
+}
+export -f once trained_flags train_and_evaluate
 
 job=${1:-demo}
 shift || true
@@ -71,39 +103,33 @@ case $job in
         $python experiments/report.py --baseline cma-kl runs/{untrained,teacher-gpt2-xl,dskd-skl-10,teacher,sft-10} \
             runs/{mined,uld,cma-srkl,clp-skl,cla-skl,cma-ga-skl,cma-ct-kl,cma-kl,cma-ga-kl}-10 ;;
     study)
-        export OMP_NUM_THREADS=1 out=runs/study python
-        flags=$(demo_flags $out)
-        export flags
-        export same="--teacher $out/data/teacher-same"
-        [ -d $out/data/teacher-same ] || $python experiments/demo.py $out/data
-        once $out/untrained $python dskd_ga.py $flags --eval-only $out/data/student --name untrained
-        # the first run of each teacher fine-tunes it for all others
-        once $out/kd-skl-10 $python experiments/baselines.py $flags $same --method kd
-        once $out/cma-skl-10 $python dskd_ga.py $flags
-        once $out/teacher-same $python dskd_ga.py $flags --eval-only $out/teacher-same-tuned/best --name teacher-same
-        once $out/teacher $python dskd_ga.py $flags --eval-only $out/teacher-tuned/best --name teacher
+        export OMP_NUM_THREADS=1 python
+        for rows in few many; do prepare $rows & done
+        wait
         {
             for seed in ${SEEDS:-10 20 30 40 50}; do
-                echo "sft-$seed dskd_ga.py --method sft --seed $seed"
-                for method in kd dskd; do
-                    echo "$method-skl-$seed experiments/baselines.py --method $method --seed $seed $same"
+                for rows in few many; do
+                    echo "$rows sft-$seed dskd_ga.py --method sft"
+                    echo "$rows kd-skl-$seed experiments/baselines.py --method kd --teacher runs/$rows/same-10/best"
+                    echo "$rows uld-$seed experiments/baselines.py --method uld"
+                    echo "$rows mined-$seed experiments/baselines.py --method mined"
+                    echo "$rows clp-skl-$seed experiments/chunks.py --method clp"
+                    echo "$rows cla-skl-$seed experiments/chunks.py --method cla"
+                    echo "$rows cma-skl-$seed experiments/matching.py --match none"
+                    for match in ga ct unsaturated mmd; do
+                        echo "$rows cma-$match-skl-$seed experiments/matching.py --match $match"
+                    done
+                    echo "$rows cma-mmd10-skl-$seed experiments/matching.py --match mmd --kq-weight 10 --name cma-mmd10-skl"
+                    echo "$rows cma-ga-nq-skl-$seed experiments/matching.py --match ga --normalise-queries"
                 done
-                echo "uld-$seed experiments/baselines.py --method uld --seed $seed"
-                echo "mined-$seed experiments/baselines.py --method mined --seed $seed"
-                echo "clp-skl-$seed experiments/chunks.py --method clp --seed $seed"
-                echo "cla-skl-$seed experiments/chunks.py --method cla --seed $seed"
-                echo "cma-ct-skl-$seed experiments/matching.py --match ct --seed $seed"
-                for div in skl kl srkl rkl jsd akl; do
-                    echo "cma-$div-$seed dskd_ga.py --div $div --seed $seed"
-                    echo "cma-nq-$div-$seed dskd_ga.py --div $div --seed $seed --normalise-queries"
-                    echo "cma-ga-$div-$seed dskd_ga.py --div $div --seed $seed --ga"
-                    echo "cma-ga-nq-$div-$seed dskd_ga.py --div $div --seed $seed --ga --normalise-queries"
-                    echo "cma-released-$div-$seed experiments/matching.py --match released --div $div --seed $seed"
+                for terms in ce_t2s kd_t2s kd_s2t "kd_t2s kd_s2t" "ce_t2s kd_t2s kd_s2t"; do
+                    name=cma-no_${terms// /-no_}-skl
+                    echo "few $name-$seed experiments/matching.py --match none --without $terms"
                 done
             done
-        } | xargs -P "${JOBS:-2}" -I LINE bash -c 'set -- LINE; run=$1 script=$2; shift 2
-            [ -f "$out/$run/eval.json" ] || "$python" "$script" $flags "$@"'
-        $python experiments/chunks.py $out/{cma,clp,cla}-*-*[0-9]
-        $python experiments/report.py --baseline cma-skl $(dirname $out/*/eval.json) ;;
+        } | xargs -P "${JOBS:-2}" -I LINE bash -c 'set -- LINE; train_and_evaluate "$@"'
+        for rows in few many; do
+            $python experiments/report.py --baseline cma-skl sft $(dirname runs/$rows/*/eval.json)
+        done ;;
     *) echo "run.sh: found $job, expected demo, test, paper or study" >&2; exit 2 ;;
 esac

@@ -132,7 +132,7 @@ def alignment_numbers(rows):
             numbers |= {"mass" + split: mass, "top" + split: top, "entropy" + split: entropy}
     x, y = some(queries), some(keys)
     numbers |= dict(
-        mean_gap=torch.dist(x.mean(0), y.mean(0)).item(), mmd=mmd(x, y),
+        mean_gap=torch.dist(x.mean(0), y.mean(0)).item(), mmd=mmd(x, y).item(),
         norm_q=x.norm(dim=1).mean().item(), norm_k=y.norm(dim=1).mean().item())
     if len(queries) > 1:
         even = some(queries[::2]), some(keys[::2])
@@ -146,15 +146,16 @@ def some(rows):
     return vectors[::math.ceil(len(vectors) / MOST)]
 
 def mmd(x, y):
-    """The squared MMD of x (n, w), y (m, w), unbiased; kernel: exp(-|a - b|^2 / median of all |a - b|^2)."""
+    """The squared MMD of x (n, w), y (m, w), unbiased; kernel: exp(-|a - b|^2 / median of all |a - b|^2), a
+    constant."""
     n, m = len(x), len(y)
     z = torch.cat([x, y])
     distance = torch.cdist(z, z).square()
-    kernel = torch.exp(-distance / distance.median())
-    kernel.fill_diagonal_(0)
+    kernel = torch.exp(-distance / distance.detach().median())
+    kernel = kernel - torch.diag(kernel.diagonal())
     within_x = kernel[:n, :n].sum() / (n * (n - 1))
     within_y = kernel[n:, n:].sum() / (m * (m - 1))
-    return (within_x + within_y - 2 * kernel[:n, n:].mean()).item()
+    return within_x + within_y - 2 * kernel[:n, n:].mean()
 
 def probe(x, y, x_test, y_test):
     """Balanced accuracy, on others, of the ridge regression that tells x (n, w) from y (m, w)."""

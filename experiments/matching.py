@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Other ways than the adversary of eq. (14) to bring queries and keys together. They take dskd_ga.py's flags:
+"""Other ways than the adversary of eq. (14) to bring queries and keys together, and eq. (9) without some of its
+terms. It takes dskd_ga.py's flags besides its own, and logs `mass`, the attention A^{t->s} in the right chunk.
 
-    python experiments/matching.py --match ct --div kl     # conditional transport, eq. (15)
-    python experiments/matching.py --match released        # what the authors' code does in place of GA
+    python experiments/matching.py --match ct --div kl         # conditional transport, eq. (15)
+    python experiments/matching.py --match released            # what the authors' code does in place of GA
+    python experiments/matching.py --match none --without kd_t2s
 
 CT, from Alignment Attention (arXiv:2110.12567, eq. 4), of a sequence's n_s queries q and n_t keys k:
     pi(k|q) ∝ exp(phi(q)·phi(k)),  c(q,k) = 1 - c(q)·c(k)
@@ -23,22 +25,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import chunks
 import dskd_ga
-from dskd_ga import full_precision, reverse, zero_padding
+from dskd_ga import at_real, full_precision, reverse, zero_padding
+
+TERMS = ("ce", "ce_t2s", "kd_t2s", "kd_s2t")  # of eq. (9)
 
 class UnitNetwork(nn.Sequential):
     """(..., width) -> (..., hidden), vectors of norm 1."""
-
     def __init__(self, width, hidden, dropout):
         super().__init__(
             nn.Dropout(dropout), nn.Linear(width, hidden), nn.LeakyReLU(0.1), nn.Linear(hidden, hidden))
-
     def forward(self, x):
         return F.normalize(full_precision(super().forward(x)), dim=-1)
 
 class Critic(nn.Module):
     """The networks of eq. (15): the critic, which ascends the cost, and the navigator, which descends it."""
-
     def __init__(self, width, hidden=768, dropout=0.1):
         super().__init__()
         self.critic = UnitNetwork(width, hidden, dropout)
@@ -66,38 +68,66 @@ def ct_loss(critic, q, k, s_mask, t_mask, n_s=None, n_t=None):
     loss = ct_q / n_s + ct_k / n_t                                             # (15)
     return loss, dict(ct_q=ct_q.detach(), ct_k=ct_k.detach())
 
-class ConditionalTransport(dskd_ga.Distiller):
-    adversary = Critic
+class CMA(dskd_ga.Distiller):
+    """DSKD-CMA, with GA if args.ga, less the terms of args.without; logs the attention in the right chunk."""
+    annotate = staticmethod(chunks.annotate)
+    def __init__(self, student, teacher, args):
+        super().__init__(student, teacher, args)
+        self.weights = [0.5 * (term not in args.without) for term in TERMS]
+    def distil(self, s, t, h_s, h_t):
+        out = super().distil(s, t, h_s, h_t)
+        out["mass"] = (out["a_t2s"] * chunks.same_chunk(s, t)).sum()
+        return out
 
+class ConditionalTransport(CMA):
+    adversary = Critic
     def match(self, q, k, s, t, n_s, n_t):
         return ct_loss(self.disc, q, k, s.mask, t.mask, n_s, n_t)
 
-class Released(dskd_ga.Distiller):
+class Released(CMA):
     """GA as in the authors' code: D keeps its random start, and L_KQ, a mean already, is divided once more,
     by the tokens of a micro-batch of 4 rows. Not done: theirs is a mean over 512 padded positions a row, so
     that real positions weigh 0.15 of what they weigh here."""
-
     def __init__(self, student, teacher, args):
         super().__init__(student, teacher, args)
         self.disc.requires_grad_(False)
-
     def match(self, q, k, s, t, n_s, n_t):
         loss, terms = super().match(q, k, s, t, n_s, n_t)
         tokens_of_four_rows = 4 * n_s / self.args.batch_size
         return loss / tokens_of_four_rows, terms
 
-MATCHES = dict(ct=ConditionalTransport, released=Released)
+class Unsaturated(CMA):
+    """GA where P_Q descends -log(1 - D(q)) instead of ascending -log D(q): a gradient that grows, where that of
+    eq. (14) vanishes, the surer D is. D learns as in eq. (14)."""
+    def match(self, q, k, s, t, n_s, n_t):
+        loss, terms = dskd_ga.ga_loss(self.disc, q.detach(), k, s.mask, t.mask, n_s, n_t)
+        fixed = {name: weight.detach() for name, weight in self.disc.named_parameters()}
+        z_q = torch.func.functional_call(self.disc, fixed, zero_padding(q, s.mask))
+        return loss + (F.softplus(z_q) * s.mask).sum() / n_s, terms
+
+class MMD(CMA):
+    """Descends the squared maximum mean discrepancy of a micro-batch's queries and keys, without an adversary.
+    The only matching here whose loss depends on the cut into micro-batches: it compares vectors across rows."""
+    adversary = nn.Identity  # no weights
+    def match(self, q, k, s, t, n_s, n_t):
+        real_q, real_k = at_real(q, s), at_real(k.detach(), t)
+        mmd_q = chunks.mmd(real_q, real_k) * len(real_q)  # a sum over queries
+        return mmd_q / n_s, dict(mmd_q=mmd_q.detach())
+
+MATCHES = dict(none=CMA, ga=CMA, ct=ConditionalTransport, released=Released, unsaturated=Unsaturated, mmd=MMD)
 
 def main(argv=None):
     """Runs a command line; returns what eval.json holds."""
     parser = dskd_ga.build_parser(("cma",))
     parser.description = "DSKD-CMA with another key-query matching than GA; this file's header says more."
-    parser.add_argument("--match", choices=tuple(MATCHES), default="ct",
-                        help="ct: conditional transport, eq. (15); released: GA with D as it starts")
-    parser.set_defaults(ga=True)  # there is an L_KQ
+    add = parser.add_argument_group("matching").add_argument
+    add("--match", choices=tuple(MATCHES), default="ct", help="what L_KQ is; none: as dskd_ga.py without --ga")
+    add("--without", choices=TERMS[1:], nargs="+", default=[], help="terms that get weight 0 in eq. (9)")
     args = parser.parse_args(argv)
+    parser.set_defaults(ga=args.match != "none")
     if not args.eval_only:
-        parser.set_defaults(name=f"cma-{args.match}" + "-nq" * args.normalise_queries + f"-{args.div}")
+        parts = ["cma", *[args.match] * (args.match != "none"), *["nq"] * args.normalise_queries]
+        parser.set_defaults(name="-".join([*parts, *[f"no_{term}" for term in args.without], args.div]))
     return dskd_ga.main(argv, parser, MATCHES[args.match])
 
 if __name__ == "__main__":
