@@ -2,8 +2,8 @@
 # ./run.sh          sets up .venv and runs the demo: small tasks and models, made on the spot
 # ./run.sh test     sets up .venv and runs all tests; further arguments go to pytest
 # ./run.sh paper    sets up .venv and runs Table 1 of the paper on GPUS (default 4) GPUs
-# ./run.sh study    sets up .venv and runs methods and divergences on the demo, JOBS (default 2) at a time, with
-#                   the training seeds SEEDS (default 10 20 30 40 50); hours
+# ./run.sh study    sets up .venv and runs all methods in the demo's setting and in another, JOBS (default 2) at a
+#                   time, with the training seeds SEEDS (default 10 20 30 40 50); hours
 # Start it again to go on: a run that has its eval.json is not repeated, any other goes on from its last save.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -15,7 +15,8 @@ if ! cat "${requirements[@]}" | cmp -s - .venv/installed.txt; then
     cat "${requirements[@]}" > .venv/installed.txt
 fi
 python=.venv/bin/python
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000  # glibc keeps memory that a step has freed for the next
+# glibc keeps the memory that a step has freed: where the kernel is slow to give it again, runs are much faster
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 
 once() {  # once FOLDER COMMAND...: nothing if the folder has its eval.json
     local folder=$1
@@ -23,44 +24,22 @@ once() {  # once FOLDER COMMAND...: nothing if the folder has its eval.json
     [ -f "$folder/eval.json" ] || "$@"
 }
 
-# the demo's flags: short answers, a small student and teacher that start from nothing
-demo_flags() {  # demo_flags OUT
-    echo --out "$1" --data "$1/data" --student "$1/data/student" --teacher "$1/data/teacher" \
-        --tests "seen=$1/data/seen.jsonl" "longer=$1/data/longer.jsonl" --dev-rows 100 --micro-batch 16 \
-        --epochs 4 --lr 2e-3 --lr-projectors 2e-3 --teacher-epochs 8 --teacher-lr 2e-3 \
-        --dev-samplings 1 --eval-seeds 10 20 30 --max-new-tokens 40 --no-repeat-ngram 0
-}
-
-# the flags of `few` and `many`: models that were trained before learn from 400 rows
-trained_flags() {  # trained_flags ROWS
-    local out=runs/$1
-    echo --out $out --data $out/data --student $out/student-10/best --teacher $out/teacher-10/best --teacher-ready \
-        --tests seen=$out/data/seen.jsonl longer=$out/data/longer.jsonl --dev-rows 100 --batch-size 16 \
+flags() {  # flags OUT: of what small models, trained before, learn from the 400 rows in OUT/data
+    echo --out $1 --data $1/data --student $1/student-10/best --teacher $1/teacher-10/best --teacher-ready \
+        --tests seen=$1/data/seen.jsonl longer=$1/data/longer.jsonl --dev-rows 100 --batch-size 16 \
         --micro-batch 16 --epochs 80 --lr 2e-3 --lr-projectors 2e-3 --dev-samplings 1 --eval-seeds 10 20 30 \
         --max-new-tokens 40 --no-repeat-ngram 0
 }
 
-prepare() {  # prepare ROWS: the rows, and the models that learn from others before
-    local out=runs/$1 flags
-    flags="$(trained_flags $1) --method sft --batch-size 32"
-    [ -d $out/data/teacher-same ] || $python experiments/demo.py $out/data --rows $1
-    once $out/student-10 $python dskd_ga.py $flags --name student --epochs 8 \
-        --student $out/data/student --data $out/data/before-student
-    once $out/teacher-10 $python dskd_ga.py $flags --name teacher --epochs 4 \
-        --student $out/data/teacher --data $out/data/before-teacher
-    once $out/same-10 $python dskd_ga.py $flags --name same --epochs 4 \
-        --student $out/data/teacher-same --data $out/data/before-teacher
+before() {  # before OUT NAME EPOCHS ROWS: trains OUT/data/NAME on the rows in OUT/data/ROWS
+    once $1/$2-10 $python dskd_ga.py $(flags $1) --method sft --batch-size 32 --epochs $3 --name $2 \
+        --student $1/data/$2 --data $1/data/$4
 }
 
-train_and_evaluate() {  # train_and_evaluate ROWS NAME-SEED SCRIPT FLAG...: and once more without sampling
-    local out=runs/$1 run=$2 script=$3 flags
-    flags=$(trained_flags $1)
-    shift 3
-    once $out/$run $python $script $flags --seed ${run##*-} "$@"
-    once $out/${run%-*}-greedy-${run##*-} $python dskd_ga.py $flags --eval-only $out/$run/best \
-        --name ${run%-*}-greedy-${run##*-} --eval-temperature 0
+greedy() {  # greedy OUT RUN: evaluates the run's student once more, without sampling
+    local name=${2%-*}-greedy-${2##*-}
+    once $1/$name $python dskd_ga.py $(flags $1) --eval-only $1/$2/best --eval-temperature 0 --name $name
 }
-export -f once trained_flags train_and_evaluate
 
 job=${1:-demo}
 shift || true
@@ -68,20 +47,23 @@ case $job in
     demo)
         export OMP_NUM_THREADS=1  # for models as small as these, a second thread only waits
         out=runs/demo
-        flags="$(demo_flags $out) --teacher-epochs 4"
         [ -d $out/data/teacher-same ] || $python experiments/demo.py $out/data
-        {   # on a second core, beside the next run; its output is in a file
-            once $out/untrained $python dskd_ga.py $flags --eval-only $out/data/student --name untrained
-            once $out/sft-10 $python dskd_ga.py $flags --method sft
+        {   # on a second core; its output is in a file
+            before $out student 8 before-student
+            once $out/sft-10 $python dskd_ga.py $(flags $out) --method sft
+            greedy $out sft-10
         } > $out/beside.log 2>&1 &
-        once $out/cma-skl-10 $python dskd_ga.py $flags  # fine-tunes the teacher first
+        before $out teacher 4 before-teacher
         wait $!
-        once $out/teacher $python dskd_ga.py $flags --eval-only $out/teacher-tuned/best --name teacher \
-            >> $out/beside.log 2>&1 &
-        once $out/cma-ga-skl-10 $python dskd_ga.py $flags --ga
+        {
+            once $out/cma-skl-10 $python dskd_ga.py $(flags $out)
+            greedy $out cma-skl-10
+        } >> $out/beside.log 2>&1 &
+        once $out/cma-ga-skl-10 $python dskd_ga.py $(flags $out) --ga
+        greedy $out cma-ga-skl-10
         wait $!
-        $python experiments/report.py --baseline sft $out/{untrained,sft-10,cma-skl-10,cma-ga-skl-10,teacher}
-        $python experiments/chunks.py --figure $out/alignment $out/{cma-skl-10,cma-ga-skl-10} ;;
+        $python experiments/report.py --baseline sft $(dirname $out/*/eval.json)
+        $python experiments/chunks.py --figure $out/alignment.png $out/{cma-skl-10,cma-ga-skl-10} ;;
     test) exec $python -m pytest -q "$@" ;;
     paper)
         train() { .venv/bin/torchrun --standalone --nproc_per_node="${GPUS:-4}" "$@"; }
@@ -101,35 +83,51 @@ case $job in
         once runs/cma-ga-kl-10 train dskd_ga.py --div kl --ga
         once runs/teacher train dskd_ga.py --eval-only runs/Qwen1.5-1.8B-tuned/best --name teacher
         $python experiments/report.py --baseline cma-kl runs/{untrained,teacher-gpt2-xl,dskd-skl-10,teacher,sft-10} \
-            runs/{mined,uld,cma-srkl,clp-skl,cla-skl,cma-ga-skl,cma-ct-kl,cma-kl,cma-ga-kl}-10 ;;
+            runs/{mined,uld,cma-srkl,clp-skl,cla-skl,cma-ga-skl,cma-ct-kl,cma-kl,cma-ga-kl}-10 \
+            experiments/results/paper.json ;;
     study)
         export OMP_NUM_THREADS=1 python
-        for rows in few many; do prepare $rows & done
-        wait
+        for rows in few many; do
+            out=runs/$rows
+            [ -d $out/data/teacher-same ] || $python experiments/demo.py $out/data --rows $rows
+            before $out student 8 before-student
+            before $out teacher 4 before-teacher
+            before $out teacher-same 4 before-teacher
+        done
+        train() {  # train OUT NAME-SEED SCRIPT FLAG...
+            local out=$1 run=$2 script=$3
+            shift 3
+            once $out/$run $python $script $(flags $out) --seed ${run##*-} "$@"
+            greedy $out $run
+        }
+        export -f train flags once greedy
         {
             for seed in ${SEEDS:-10 20 30 40 50}; do
-                for rows in few many; do
-                    echo "$rows sft-$seed dskd_ga.py --method sft"
-                    echo "$rows kd-skl-$seed experiments/baselines.py --method kd --teacher runs/$rows/same-10/best"
-                    echo "$rows uld-$seed experiments/baselines.py --method uld"
-                    echo "$rows mined-$seed experiments/baselines.py --method mined"
-                    echo "$rows clp-skl-$seed experiments/chunks.py --method clp"
-                    echo "$rows cla-skl-$seed experiments/chunks.py --method cla"
-                    echo "$rows cma-skl-$seed experiments/matching.py --match none"
+                for out in runs/few runs/many; do
+                    echo "$out sft-$seed dskd_ga.py --method sft"
+                    echo "$out kd-skl-$seed experiments/baselines.py --method kd --teacher $out/teacher-same-10/best"
+                    echo "$out uld-$seed experiments/baselines.py --method uld"
+                    echo "$out mined-$seed experiments/baselines.py --method mined"
+                    echo "$out clp-skl-$seed experiments/chunks.py --method clp"
+                    echo "$out cla-skl-$seed experiments/chunks.py --method cla"
+                    echo "$out cma-skl-$seed experiments/matching.py --match none"
                     for match in ga ct unsaturated mmd; do
-                        echo "$rows cma-$match-skl-$seed experiments/matching.py --match $match"
+                        echo "$out cma-$match-skl-$seed experiments/matching.py --match $match"
                     done
-                    echo "$rows cma-mmd10-skl-$seed experiments/matching.py --match mmd --kq-weight 10 --name cma-mmd10-skl"
-                    echo "$rows cma-ga-nq-skl-$seed experiments/matching.py --match ga --normalise-queries"
+                    echo "$out cma-mmd10-skl-$seed experiments/matching.py --match mmd --kq-weight 10 --name cma-mmd10-skl"
+                    echo "$out cma-ga-nq-skl-$seed experiments/matching.py --match ga --normalise-queries"
                 done
                 for terms in ce_t2s kd_t2s kd_s2t "kd_t2s kd_s2t" "ce_t2s kd_t2s kd_s2t"; do
                     name=cma-no_${terms// /-no_}-skl
-                    echo "few $name-$seed experiments/matching.py --match none --without $terms"
+                    echo "runs/few $name-$seed experiments/matching.py --match none --without $terms"
                 done
             done
-        } | xargs -P "${JOBS:-2}" -I LINE bash -c 'set -- LINE; train_and_evaluate "$@"'
+        } | xargs -P "${JOBS:-2}" -I LINE bash -c 'set -- LINE; train "$@"'
         for rows in few many; do
-            $python experiments/report.py --baseline cma-skl sft $(dirname runs/$rows/*/eval.json)
-        done ;;
+            $python experiments/chunks.py $(dirname runs/$rows/{sft,kd,uld,mined,cl,cma}*/best)
+            $python experiments/report.py --baseline cma-skl sft --numbers entropy_s --keep runs/$rows.json \
+                $(dirname runs/$rows/*/eval.json)
+        done
+        $python experiments/pictures.py runs/{few,many}.json ;;
     *) echo "run.sh: found $job, expected demo, test, paper or study" >&2; exit 2 ;;
 esac

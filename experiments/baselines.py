@@ -12,16 +12,12 @@ with 2 d_t. Every parameter that requires a gradient must get one in every step.
 class its name; data, training, resuming and evaluation are dskd_ga.py's, and so are the flags:
 
     python experiments/baselines.py --method dskd --teacher MiniLLM/teacher-gpt2-1.5B --teacher-ready
-    torchrun --nproc_per_node=4 experiments/baselines.py --method mined
 """
-import functools
-import pathlib
-import sys
-
+import functools, pathlib, sys
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
@@ -41,15 +37,12 @@ class LogitDistiller(dskd_ga.Distiller):
     Only the student is trained. A subclass has compare(z_s, z_t, target, matched) -> (N,), from logits
     (N, V_s) and (N, V_t) of N student positions and their partners; matched (N,): if there is a partner."""
     projectors = None
-
     def partners(self, s, t):
         """(B, S): for each student position the teacher position that it learns from, -1 for none.
         Here, position by position from the first response token on, as far as the teacher's go."""
         length = s.mask.shape[1]
         in_both = F.pad(t.mask, (0, length - t.mask.shape[1]))  # a negative number cuts
-        positions = torch.arange(length, device=in_both.device).expand_as(in_both)
-        return positions.masked_fill(~in_both, -1)
-
+        return torch.arange(length, device=in_both.device).where(in_both, -1)
     def distil(self, s, t, h_s, h_t):
         partner = self.partners(s, t)
         index = partner.clamp(min=0)[:, :, None]
@@ -57,38 +50,32 @@ class LogitDistiller(dskd_ga.Distiller):
         student = at_real(h_s, s), head_of(self.student)
         teacher = at_real(h_partner, s), self.teacher.head.detach()
         rows = at_real(s.targets, s), at_real(partner >= 0, s)
-
         def losses(z_s, z_t, target, matched):
             ce = F.cross_entropy(z_s, target, reduction="sum")
             kd = self.compare(z_s, z_t, target, matched).sum()
             return 0.5 * ce + 0.5 * kd, ce, kd
-
         loss, ce, kd = sliced_loss(losses, [student, teacher], rows)
         return dict(loss=loss, ce=ce, kd=kd)
 
 class KD(LogitDistiller):
     """f of --div between the two models' distributions over the vocabulary that they share."""
     annotate = staticmethod(same_tokens)
-
     def __init__(self, student, teacher, args):
         super().__init__(student, teacher, args)
         found, expected = len(teacher.head), len(head_of(student))
         check(found == expected, "--teacher, tokens of its head", found, f"{expected}, the student's")
-
     def compare(self, z_s, z_t, target, matched):
-        args = self.args
-        return divergence(args.div, z_s, z_t, args.temperature, args.skew)
+        return divergence(self.args.div, z_s, z_t, self.args.temperature, self.args.skew)
 
 def uld_loss(student_logits, teacher_logits):
     """Universal logit distillation (Boizard et al. 2024), (..., V_s), (..., V_t) -> (...): the L1 distance of
     the two distributions, each sorted, the shorter one padded with zeros."""
     larger = max(student_logits.shape[-1], teacher_logits.shape[-1])
-    sides = []
-    for logits in (student_logits, teacher_logits):
-        p = full_precision(logits).softmax(-1)
-        p, _ = p.sort(-1, descending=True)
-        sides.append(F.pad(p, (0, larger - p.shape[-1])))
-    return (sides[0] - sides[1]).abs().sum(-1)
+    gap = 0
+    for logits, sign in ((student_logits, 1), (teacher_logits, -1)):
+        p, _ = full_precision(logits).softmax(-1).sort(-1, descending=True)
+        gap = gap + sign * F.pad(p, (0, larger - p.shape[-1]))
+    return gap.abs().sum(-1)
 
 class ULD(LogitDistiller):
     def compare(self, z_s, z_t, target, matched):
@@ -141,10 +128,8 @@ def mined_targets(teacher_logits, vocabulary, gold, matched, size, temperature=2
     slots = vocabulary.masked_fill(vocabulary < 0, size)  # one slot more, which is cut off
     none = slots.new_full((size + 1,), count)
     first = none.scatter_reduce(0, slots, teacher_ids, "amin")[:size]
-    carried = teacher_logits[:, first.clamp(max=count - 1)]
-    carried = carried.masked_fill(first == count, -torch.inf)
-    one_hot = torch.full_like(carried, -torch.inf)
-    one_hot = one_hot.scatter(1, gold[:, None], 0)
+    carried = teacher_logits[:, first.clamp(max=count - 1)].masked_fill(first == count, -torch.inf)
+    one_hot = torch.full_like(carried, -torch.inf).scatter(1, gold[:, None], 0)
     return torch.where(matched[:, None], carried, one_hot)
 
 class MinED(LogitDistiller):
@@ -153,7 +138,6 @@ class MinED(LogitDistiller):
         super().__init__(student, teacher, args)
         self.nearest = None  # the `token_map`, made when the tokenizers are known; as a tensor (V_t,):
         self.register_buffer("vocabulary", None, persistent=False)
-
     def map_vocabulary(self, tokenizers):
         """Makes the map for all tokens that tokenizers and heads have."""
         heads, texts = [head_of(self.student), self.teacher.head], []
@@ -163,7 +147,6 @@ class MinED(LogitDistiller):
         dskd_ga.say("MinED: each teacher token looks for its nearest student token")
         self.nearest = token_map(*texts) + [-1] * (len(heads[1]) - len(texts[1]))
         self.vocabulary = torch.tensor(self.nearest, device=heads[1].device)
-
     def annotate(self, row, s, t, tokenizers):
         """The number of a matched token is the teacher's position, on both sides; that of others is -1 or -2.
         Matched are tokens that are read, not those predicted: where warping gives a student position exactly
@@ -181,27 +164,22 @@ class MinED(LogitDistiller):
             if partners.sum() == 1 and self.nearest[t_ids[j]] == s_ids[i]:
                 s_numbers[i] = t_numbers[j] = j
         return s_numbers, t_numbers
-
     def partners(self, s, t):
         return s.chunk
-
     def compare(self, z_s, z_t, target, matched):
         tau, size = self.args.temperature, z_s.shape[1]
         targets = mined_targets(z_t, self.vocabulary, target, matched, size, tau)
         return divergence("kl", z_s, targets, tau)
 
-# DSKD for one tokenizer =====================================================================================
 class DSKD(dskd_ga.Distiller):
     """Dual-space distillation (arXiv:2406.17328) without attention: position i of one model is position i of
     the other. V^{t->s} holds no embedding of the gold token, so KD^{t->s} counts at every position."""
     projectors = None  # but its own, without P_Q
     annotate = staticmethod(same_tokens)
-
     def __init__(self, student, teacher, args):
         super().__init__(student, teacher, args)
         d_s, d_t = head_of(student).shape[1], teacher.head.shape[1]
         self.proj = nn.ModuleDict(dict(t2s=nn.Linear(d_t, d_s), s2t=nn.Linear(d_s, d_t)))
-
     def distil(self, s, t, h_s, h_t):
         h_s = at_real(h_s, s)            # (N, d_s)
         h_t = at_real(h_t.detach(), t)   # (N, d_t), of the same N tokens
@@ -210,8 +188,8 @@ class DSKD(dskd_ga.Distiller):
         target = at_real(s.targets, s)
         aligned = torch.ones_like(target, dtype=torch.bool)
         W_s, W_t = head_of(self.student), self.teacher.head.detach()
-        args, half = self.args, (0.5, 0.5, 0.5, 0.5)
-        shared = dict(weights=half, temperature=args.temperature, skew=args.skew)
+        args = self.args
+        shared = dict(weights=self.weights, temperature=args.temperature, skew=args.skew)
         student_space = functools.partial(dskd_ga.student_space, div=args.div, all_positions=True, **shared)
         teacher_space = functools.partial(dskd_ga.teacher_space, div=args.s2t_div, **shared)
         loss_s, ce, ce_t2s, kd_t2s, n_correct = sliced_loss(
@@ -225,7 +203,6 @@ METHODS = dict(kd=KD, dskd=DSKD, uld=ULD, mined=MinED)
 def main(argv=None):
     """Runs a command line; returns what eval.json holds."""
     parser = dskd_ga.build_parser(tuple(METHODS))
-    parser.description = "kd and dskd for one tokenizer, uld and mined for two; the file's header says more."
     args = parser.parse_args(argv)
     if args.method in ("uld", "mined") and not args.eval_only:
         parser.set_defaults(name=args.method)  # --div is not a part of these methods

@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""DSKD-CLP and DSKD-CLA, eqs. (10)-(13): attention inside chunks of text. And, of finished runs of CMA, CLP
-or CLA, how their attention aligns student and teacher, in numbers and pictures.
+"""DSKD-CLP and DSKD-CLA, eqs. (10)-(13): attention inside chunks of text. And what finished runs predict on
+development rows, and how attention, of CMA, CLP or CLA, aligns student and teacher, in numbers and pictures.
 
     python experiments/chunks.py --method clp                        # trains; takes dskd_ga.py's flags
-    python experiments/chunks.py runs/cma-skl-10 runs/clp-skl-10     # numbers, also in RUN/alignment.json
-    python experiments/chunks.py runs/cma-skl-10 --figure heat       # and pictures: heat-1.svg, heat-1.png
+    python experiments/chunks.py runs/cma-skl-10 --figure heat.png   # writes RUN/numbers.json, and draws a row
 
 Departures from the paper
   1. Chunks, the smallest texts that begin and end between tokens of both sides, are made of target tokens,
@@ -12,24 +11,19 @@ Departures from the paper
   2. Eqs. (12) and (13) print a softmax of M and of M times the scores, elementwise, which would leave weight
      outside the chunk. As in the paper's text and the authors' code, there is none.
 """
-import bisect
-import functools
-import json
-import math
-import pathlib
-import sys
+import bisect, functools, json, math, pathlib, sys
 from types import SimpleNamespace
-
 import torch
+import torch.nn.functional as F
 from transformers.utils.logging import disable_progress_bar
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import dskd_ga
-from dskd_ga import InputError, check, collate, cross_model_attention, embed, load_model, std_normalise
+from dskd_ga import (InputError, check, collate, cross_model_attention, embed, load_model, response_hidden,
+                     std_normalise)
 
 METHODS = ("clp", "cla")
 CPU = torch.device("cpu")
-DEV_ROWS = 48  # that a run's numbers are of
+DEV_ROWS = 100  # at most, that a run's numbers are of
 MOST = 4096    # queries, and keys, that are compared each with each
 load_teacher = functools.cache(load_model)  # once for all runs that are compared
 
@@ -41,10 +35,9 @@ def token_cuts(spans):
     return {end for (_, end), start in zip(spans, starts) if start >= end}
 
 def chunk_numbers(s_spans, t_spans):
-    """The number of the chunk, eq. (10), of each target token of a row, in two lists.
-    Spans are (start, end) characters of the student's and the teacher's tokens, end of text is (-1, -1).
-    No chunk, as after the last common cut: -1 for a student's token, -2 for a teacher's.
-    """
+    """The number of the chunk, eq. (10), of each target token of a row, in two lists. Spans are (start, end)
+    characters of the student's and the teacher's tokens, end of text is (-1, -1). Tokens without a chunk, as
+    those after the last common cut, have -1 on the student's side, -2 on the teacher's."""
     common = sorted(token_cuts(s_spans) & token_cuts(t_spans))
     result = []
     for spans, none in ((s_spans, -1), (t_spans, -2)):
@@ -89,9 +82,7 @@ def align(method, q, k, s, t):
     if method == "cla":
         return cross_model_attention(q, k, allowed)                                           # (13)
     m = allowed.to(q.dtype)
-    a_t2s = m / m.sum(2, keepdim=True).clamp(min=1)                                           # (12)
-    a_s2t = m.mT / m.mT.sum(2, keepdim=True).clamp(min=1)
-    return a_t2s, a_s2t
+    return F.normalize(m, p=1, dim=2), F.normalize(m.mT, p=1, dim=2)                          # (12)
 
 class Chunks(dskd_ga.Distiller):
     annotate = staticmethod(annotate)
@@ -101,17 +92,21 @@ class Chunks(dskd_ga.Distiller):
         if args.method == "clp":
             self.proj.query.requires_grad_(False)  # uniform weights ask nothing
 
-# The alignment of finished runs =============================================================================
+# Finished runs ==============================================================================================
+PREDICTION = [name + model for model in ("_s", "_t2s") for name in ("ce", "entropy", "correct")]
+def predictions(z, targets):
+    """Of logits (n, V) and gold tokens (n,), (n, 3): cross-entropy, entropy, and if gold has the highest."""
+    log_p = z.log_softmax(1)
+    entropy = torch.special.entr(log_p.exp()).sum(1)
+    return torch.stack([-log_p[range(len(z)), targets], entropy, z.argmax(1) == targets], 1)
+
 def alignment_numbers(rows):
     """How well A^{t->s} finds the right chunk, and how far queries are from keys: a dict of numbers.
-    rows: an iterable; of each row q (n, w), k (m, w), a_t2s (n, m), inside (n, m), True where a chunk is, and
-    the student's targets (n,), without padding.
-    Means over the student's positions that have a chunk, and over those whose token comes `_once` or is
-    `_repeated` in its response: `mass` of attention inside the chunk; `top`, the share whose strongest key is
-    in it; `entropy`, in nats. Of queries and keys: `mean_gap` |mean q - mean k|, mean `norm_q` and `norm_k`,
-    `mmd`, and `probe`, fitted on the even rows and tested on the odd ones. Left out is what there are no rows
-    or positions for. CLP has no use for queries: its are those of the random start.
-    """
+    rows: of each row q (n, w), k (m, w), a_t2s (n, m), inside (n, m), True where a chunk is, and the
+    student's targets (n,). Means over the student's positions that have a chunk, and over those whose token
+    comes `_once` or is `_repeated` in its response: `mass` of attention inside the chunk; `top`, the share
+    whose strongest key is in it; `entropy`, in nats. Of queries and keys: `mean_gap` |mean q - mean k|, mean
+    `norm_q` and `norm_k`, `mmd`, and `probe`, fitted on the even rows and tested on the odd ones."""
     queries, keys, tables = [], [], []
     for q, k, a, inside, targets in rows:
         queries.append(q)
@@ -131,32 +126,25 @@ def alignment_numbers(rows):
             mass, top, entropy, _ = part.mean(0).tolist()
             numbers |= {"mass" + split: mass, "top" + split: top, "entropy" + split: entropy}
     x, y = some(queries), some(keys)
-    numbers |= dict(
-        mean_gap=torch.dist(x.mean(0), y.mean(0)).item(), mmd=mmd(x, y).item(),
-        norm_q=x.norm(dim=1).mean().item(), norm_k=y.norm(dim=1).mean().item())
+    numbers |= dict(mmd=mmd(x, y).item(), mean_gap=torch.dist(x.mean(0), y.mean(0)).item(),
+                    norm_q=x.norm(dim=1).mean().item(), norm_k=y.norm(dim=1).mean().item())
     if len(queries) > 1:
-        even = some(queries[::2]), some(keys[::2])
-        odd = some(queries[1::2]), some(keys[1::2])
-        numbers["probe"] = probe(*even, *odd)
+        halves = queries[::2], keys[::2], queries[1::2], keys[1::2]
+        numbers["probe"] = probe(*map(some, halves))
     return numbers
-
-def some(rows):
-    """The rows' vectors; of more than MOST, evenly spaced ones."""
+def some(rows):  # their vectors; of more than MOST, evenly spaced ones
     vectors = torch.cat(rows)
     return vectors[::math.ceil(len(vectors) / MOST)]
-
 def mmd(x, y):
-    """The squared MMD of x (n, w), y (m, w), unbiased; kernel: exp(-|a - b|^2 / median of all |a - b|^2), a
-    constant."""
+    """The squared MMD of x (n, w), y (m, w), unbiased; kernel: exp(-|a - b|^2 / median of all |a - b|^2)."""
     n, m = len(x), len(y)
     z = torch.cat([x, y])
     distance = torch.cdist(z, z).square()
-    kernel = torch.exp(-distance / distance.detach().median())
+    kernel = torch.exp(-distance / distance.detach().median())  # whose width is a constant
     kernel = kernel - torch.diag(kernel.diagonal())
     within_x = kernel[:n, :n].sum() / (n * (n - 1))
     within_y = kernel[n:, n:].sum() / (m * (m - 1))
     return within_x + within_y - 2 * kernel[:n, n:].mean()
-
 def probe(x, y, x_test, y_test):
     """Balanced accuracy, on others, of the ridge regression that tells x (n, w) from y (m, w)."""
     z = torch.cat([x, y]).double()
@@ -171,101 +159,92 @@ def probe(x, y, x_test, y_test):
     y_right = (y_test - mean) @ direction < -middle
     return (x_right.double().mean() + y_right.double().mean()).item() / 2
 
+@torch.no_grad()
 def read_run(folder):
-    """A finished run: `name`; `pairs`, its first dev rows; `tokenizers`; `align`, `align_row` of a pair."""
+    """A finished run: `name`, `tokenizers`, `numbers`, which it writes, and the `pairs` of its first dev rows
+    with their `maps`, A^{t->s} (n, m). Without queries, as in sft, the numbers are only those of p^s."""
     (folder / "eval.json").stat()  # OSError: it is not finished
     args = SimpleNamespace(**json.loads((folder / "args.json").read_text())["args"])
-    weights = torch.load(folder / "best/projectors.pt", map_location=CPU, weights_only=True)
-    check("query.weight" in weights, folder, "no queries", "a run of cma, clp or cla")
-    proj = dskd_ga.Projectors(*weights["t2s.weight"].shape)  # (d_s, d_t)
-    proj.load_state_dict(weights)
-    student, s_tokenizer = load_model(str(folder / "best"), CPU)
-    teacher, t_tokenizer = load_teacher(args.teacher, CPU)
-    E_s, E_t = student.get_input_embeddings(), teacher.get_input_embeddings()
-    tokenizers = s_tokenizer, t_tokenizer
+    student, *tokenizers = load_model(str(folder / "best"), CPU)
+    W_s, E_s = dskd_ga.head_of(student), student.get_input_embeddings()
+    path = folder / "best/projectors.pt"
+    weights = torch.load(path, map_location=CPU, weights_only=True) if path.exists() else {}
+    aligned = "query.weight" in weights
+    if aligned:
+        teacher, t_tokenizer = load_teacher(args.teacher, CPU)
+        tokenizers.append(t_tokenizer)
+        W_t, E_t = dskd_ga.head_of(teacher), teacher.get_input_embeddings()
+        attend = functools.partial(align, args.method) if args.method in METHODS else None
+        proj = dskd_ga.Projectors(*weights["t2s.weight"].shape)  # (d_s, d_t)
+        proj.load_state_dict(weights)
     rows = dskd_ga.read_rows(dskd_ga.fetch(f"{args.data}/raw.jsonl"), min(args.dev_rows, DEV_ROWS))
-    pairs = dskd_ga.pairs(rows, tokenizers, args.max_prompt, args.max_length, annotate)
+    pairs = dskd_ga.pairs(rows, tokenizers, args.max_prompt, args.max_length, annotate if aligned else None)
     check(pairs, folder, "no dev row within its limits", "at least one")
-    align_pair = functools.partial(align_row, args, proj, E_s, E_t)
-    return SimpleNamespace(name=folder.resolve().name, pairs=pairs, tokenizers=tokenizers, align=align_pair)
+    tables, alignment = [], []
+    for pair in pairs:
+        s, t = [example and collate([example], CPU) for example in pair]
+        h_s, targets = response_hidden(student, s), s.targets[0]
+        columns = [predictions(h_s[0] @ W_s.mT, targets)]  # of p^s
+        if aligned:
+            h_t, e_t = response_hidden(teacher, t), embed(E_t, t)[1]
+            out = dskd_ga.dual_space_losses(proj, s, t, h_s, h_t, E_s, E_t, W_s, W_t, align=attend,
+                                            normalise_queries=args.normalise_queries)
+            v_t2s = proj.t2s(std_normalise(h_t, t.mask) + std_normalise(e_t, t.mask))         # (5)
+            columns.append(predictions((out["a_t2s"] @ v_t2s)[0] @ W_s.mT, targets))          # (6), (7)
+            alignment.append([x[0] for x in (out["q"], out["k"], out["a_t2s"], same_chunk(s, t), s.targets)])
+        tables.append(torch.cat(columns, 1))
+    numbers = dict(zip(PREDICTION, torch.cat(tables).mean(0).tolist()))
+    if aligned:
+        numbers |= alignment_numbers(alignment)
+    (folder / "numbers.json").write_text(json.dumps(numbers))
+    return SimpleNamespace(name=folder.resolve().name, pairs=pairs, tokenizers=tokenizers, numbers=numbers,
+                           maps=[row[2] for row in alignment])
 
-@torch.no_grad()
-def align_row(args, proj, E_s, E_t, pair):
-    """What `alignment_numbers` takes of a row."""
-    s, t = [collate([example], CPU) for example in pair]
-    q = proj.query(torch.cat(embed(E_s, s), -1))                                              # (1)
-    if args.normalise_queries:
-        q = std_normalise(q, s.mask)
-    k = std_normalise(torch.cat(embed(E_t, t), -1), t.mask)                                   # (2)
-    inside = same_chunk(s, t)
-    if args.method in METHODS:
-        a_t2s, _ = align(args.method, q, k, s, t)
-    else:
-        a_t2s, _ = cross_model_attention(q, k, torch.ones_like(inside))                       # (3)
-    return [x[0] for x in (q, k, a_t2s, inside, s.targets)]
-
-def draw(path, runs, pairs):
-    """Writes path.svg and path.png: A^{t->s} of a row, of which each run has a pair, with its chunks."""
-    from matplotlib import figure, patches, style  # training needs no matplotlib
-    s, t = pairs[0]
+def draw(path, runs):
+    """Writes a picture of A^{t->s} on the first dev row, by each of the runs, with its chunks."""
+    from matplotlib import figure, patches  # training needs no matplotlib
+    s, t = runs[0].pairs[0]
     size = len(runs) * (1.8 + 0.16 * t.count), 1.5 + 0.16 * s.count  # in inches
-    # dark on a light ground of its own, so that it can be read on any page
-    with style.context("default"):
-        page = figure.Figure(size, facecolor="white", layout="constrained")
-        maps = page.subplots(1, len(runs), squeeze=False)[0]
-        for axes, run, (s, t) in zip(maps, runs, pairs):
-            a_t2s = run.align((s, t))[2]
-            image = axes.imshow(a_t2s.numpy(), cmap="Blues", vmin=0, vmax=1)
-            axes.set(title=run.name, xlabel="teacher's tokens", ylabel="student's tokens")
-            for axis, example, tokenizer in zip((axes.yaxis, axes.xaxis), (s, t), run.tokenizers):
-                tokens = map(tokenizer.decode, example.ids[example.start:])
-                labels = [token.replace(" ", "·").replace("\n", "↵") for token in tokens]
-                axis.set_ticks(range(example.count), labels, fontsize=8, parse_math=False)
-            axes.tick_params("x", rotation=90)
-            for chunk in set(s.chunk) & set(t.chunk):
-                corner = t.chunk.index(chunk) - 0.5, s.chunk.index(chunk) - 0.5
-                width, height = t.chunk.count(chunk), s.chunk.count(chunk)
-                axes.add_patch(patches.Rectangle(corner, width, height, fill=False, edgecolor="C1"))
-        page.colorbar(image, ax=maps, label="weight")
-        page.savefig(path + ".svg")
-        page.savefig(path + ".png", dpi=150)
-
-def analyse(folders, figure, count):
-    """Prints the runs' numbers side by side, writes them and, if asked for, the pictures of `count` rows."""
-    runs = [read_run(folder) for folder in folders]
-    columns = []
-    for folder, run in zip(folders, runs):
-        numbers = alignment_numbers(map(run.align, run.pairs))
-        (folder / "alignment.json").write_text(json.dumps(numbers))
-        columns.append(numbers)
-    print("alignment", *[run.name for run in runs], sep=" | ")
-    print("---", *["---" for run in runs], sep=" | ")
-    for name in columns[0]:
-        print(name, *[f"{numbers.get(name, math.nan):.3f}" for numbers in columns], sep=" | ")
-    if figure:
-        for number, pairs in enumerate(zip(*[run.pairs[:count] for run in runs]), 1):
-            draw(f"{figure}-{number}", runs, pairs)
+    page = figure.Figure(size, facecolor="white", layout="constrained")  # to be read on any page
+    panels = page.subplots(1, len(runs), squeeze=False)[0]
+    for axes, run in zip(panels, runs):
+        s, t = run.pairs[0]
+        image = axes.imshow(run.maps[0].numpy(), cmap="Blues", vmin=0, vmax=1)
+        axes.set(title=run.name, xlabel="teacher's tokens", ylabel="student's tokens")
+        for axis, example, tokenizer in zip((axes.yaxis, axes.xaxis), (s, t), run.tokenizers):
+            tokens = map(tokenizer.decode, example.ids[example.start:])
+            labels = [token.replace(" ", "·").replace("\n", "↵") for token in tokens]
+            axis.set_ticks(range(example.count), labels, fontsize=8, parse_math=False)
+        axes.tick_params("x", rotation=90)
+        for chunk in set(s.chunk) & set(t.chunk):
+            corner = t.chunk.index(chunk) - 0.5, s.chunk.index(chunk) - 0.5
+            width, height = t.chunk.count(chunk), s.chunk.count(chunk)
+            axes.add_patch(patches.Rectangle(corner, width, height, fill=False, edgecolor="C1"))
+    page.colorbar(image, ax=panels, label="weight")
+    page.savefig(path, dpi=150)
 
 def main(argv=None):
     """Trains, and returns what eval.json holds; or, where runs are named, analyses these."""
     parser = dskd_ga.build_parser(METHODS)
-    parser.description = "Distils by clp, eq. (12), or cla, eq. (13); or analyses finished runs."
     add = parser.add_argument_group("analysis: no training, no other flag counts").add_argument
     add("runs", metavar="RUN", nargs="*", type=pathlib.Path, help="folders of finished runs, cma's too")
-    add("--figure", metavar="PATH", help="draw attention on dev rows, into PATH-1.svg, PATH-1.png, ...")
-    add("--rows", type=int, default=1, help="how many rows; more for a fuller picture")
+    add("--figure", metavar="FILE", help="draw attention on the first dev row, as .png or .svg")
     args = parser.parse_args(argv)
     disable_progress_bar()
     try:
         queries = args.ga or args.normalise_queries
         check(args.method != "clp" or not queries, "--ga or --normalise-queries", "clp", "cla or cma")
         check(args.runs or not args.figure, "--figure", "no RUN", "the folders of finished runs")
-        if args.runs:
-            return analyse(args.runs, args.figure, args.rows)
+        runs = []
+        for folder in args.runs:
+            runs.append(read_run(folder))
+            print(folder, *[f"{name} {x:.3f}" for name, x in runs[-1].numbers.items()], sep=" | ")
+            check(runs[-1].maps or not args.figure, folder, "no queries", "a run of cma, clp or cla to draw")
+        if args.figure:
+            draw(args.figure, runs)
     except (InputError, OSError) as error:
-        print(f"chunks.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    return dskd_ga.main(argv, dskd_ga.build_parser(METHODS), Chunks)
+        parser.exit(2, f"chunks.py: {' '.join(str(error).split())}\n")
+    return None if runs else dskd_ga.main(argv, dskd_ga.build_parser(METHODS), Chunks)
 
 if __name__ == "__main__":
     main()

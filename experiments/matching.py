@@ -1,56 +1,43 @@
 #!/usr/bin/env python3
-"""Other ways than the adversary of eq. (14) to bring queries and keys together, and eq. (9) without some of its
-terms. It takes dskd_ga.py's flags besides its own, and logs `mass`, the attention A^{t->s} in the right chunk.
+"""Other ways than the adversary of eq. (14) to bring queries and keys together, and eq. (9) without some of
+its terms. They take dskd_ga.py's flags, and log `mass`, the share of A^{t->s} that is in the right chunk.
 
-    python experiments/matching.py --match ct --div kl         # conditional transport, eq. (15)
-    python experiments/matching.py --match released            # what the authors' code does in place of GA
-    python experiments/matching.py --match none --without kd_t2s
+    python experiments/matching.py --match ct --div kl            # conditional transport, eq. (15)
+    python experiments/matching.py --match none --without kd_t2s  # plain CMA, less a term
 
 CT, from Alignment Attention (arXiv:2110.12567, eq. 4), of a sequence's n_s queries q and n_t keys k:
     pi(k|q) ∝ exp(phi(q)·phi(k)),  c(q,k) = 1 - c(q)·c(k)
     min_{P_Q, phi} max_c  1/2 E_q E_{pi(k|q)} c(q,k) + 1/2 E_k E_{pi(q|k)} c(q,k)                (15)
 The critic c and the navigator phi are networks with outputs of norm 1; the keys are constants.
 
-The authors' code departs from eq. (15), and this file does not follow it there:
-  1. its cost is the Euclidean distance of the unit vectors; half the square of that is our cosine distance;
-  2. its critic has a highway layer;
-  3. its navigator has no dropout;
-  4. it adds a second term, with positions and features transposed, 43 % of the loss at the start.
+The authors' code, which is not followed, has Euclidean distances of the unit vectors (half their square is
+our cost), a highway layer in the critic, no dropout in the navigator, and one more term, a transposed one.
 """
-import pathlib
-import sys
-
+import pathlib, sys
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-
+from torch import nn
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import chunks
 import dskd_ga
 from dskd_ga import at_real, full_precision, reverse, zero_padding
 
 TERMS = ("ce", "ce_t2s", "kd_t2s", "kd_s2t")  # of eq. (9)
-
-class UnitNetwork(nn.Sequential):
-    """(..., width) -> (..., hidden), vectors of norm 1."""
-    def __init__(self, width, hidden, dropout):
-        super().__init__(
-            nn.Dropout(dropout), nn.Linear(width, hidden), nn.LeakyReLU(0.1), nn.Linear(hidden, hidden))
+class UnitNetwork(nn.Sequential):  # (..., width) -> (..., hidden), vectors of norm 1
     def forward(self, x):
         return F.normalize(full_precision(super().forward(x)), dim=-1)
-
 class Critic(nn.Module):
     """The networks of eq. (15): the critic, which ascends the cost, and the navigator, which descends it."""
     def __init__(self, width, hidden=768, dropout=0.1):
         super().__init__()
-        self.critic = UnitNetwork(width, hidden, dropout)
-        self.navigator = UnitNetwork(width, hidden, dropout)
+        for name in ("critic", "navigator"):
+            self.add_module(name, UnitNetwork(nn.Dropout(dropout), nn.Linear(width, hidden),
+                                              nn.LeakyReLU(0.1), nn.Linear(hidden, hidden)))
 
 def ct_loss(critic, q, k, s_mask, t_mask, n_s=None, n_t=None):
     """L_KQ of eq. (15), and detached sums for the log: its halves over queries, `ct_q`, and keys, `ct_k`.
-    critic: `Critic`; the other arguments as of `dskd_ga.ga_loss`. One backward pass serves all players:
-    P_Q and the navigator descend this loss, the critic ascends it.
-    """
+    critic: `Critic`; the other arguments as of `dskd_ga.ga_loss`. One backward pass serves all players: P_Q
+    and the navigator descend this loss, the critic ascends it."""
     n_s = s_mask.sum() if n_s is None else n_s
     n_t = t_mask.sum() if n_t is None else n_t
     q, k = zero_padding(q, s_mask), zero_padding(k.detach(), t_mask)
@@ -84,21 +71,9 @@ class ConditionalTransport(CMA):
     def match(self, q, k, s, t, n_s, n_t):
         return ct_loss(self.disc, q, k, s.mask, t.mask, n_s, n_t)
 
-class Released(CMA):
-    """GA as in the authors' code: D keeps its random start, and L_KQ, a mean already, is divided once more,
-    by the tokens of a micro-batch of 4 rows. Not done: theirs is a mean over 512 padded positions a row, so
-    that real positions weigh 0.15 of what they weigh here."""
-    def __init__(self, student, teacher, args):
-        super().__init__(student, teacher, args)
-        self.disc.requires_grad_(False)
-    def match(self, q, k, s, t, n_s, n_t):
-        loss, terms = super().match(q, k, s, t, n_s, n_t)
-        tokens_of_four_rows = 4 * n_s / self.args.batch_size
-        return loss / tokens_of_four_rows, terms
-
 class Unsaturated(CMA):
-    """GA where P_Q descends -log(1 - D(q)) instead of ascending -log D(q): a gradient that grows, where that of
-    eq. (14) vanishes, the surer D is. D learns as in eq. (14)."""
+    """GA where P_Q descends -log(1 - D(q)) instead of ascending -log D(q): the surer D is, the larger is the
+    gradient, which vanishes in eq. (14). D learns as there."""
     def match(self, q, k, s, t, n_s, n_t):
         loss, terms = dskd_ga.ga_loss(self.disc, q.detach(), k, s.mask, t.mask, n_s, n_t)
         fixed = {name: weight.detach() for name, weight in self.disc.named_parameters()}
@@ -106,23 +81,21 @@ class Unsaturated(CMA):
         return loss + (F.softplus(z_q) * s.mask).sum() / n_s, terms
 
 class MMD(CMA):
-    """Descends the squared maximum mean discrepancy of a micro-batch's queries and keys, without an adversary.
-    The only matching here whose loss depends on the cut into micro-batches: it compares vectors across rows."""
+    """Descends the squared maximum mean discrepancy of a micro-batch's queries and keys, without a network.
+    It compares vectors of different rows, and so depends on the cut into micro-batches."""
     adversary = nn.Identity  # no weights
     def match(self, q, k, s, t, n_s, n_t):
         real_q, real_k = at_real(q, s), at_real(k.detach(), t)
         mmd_q = chunks.mmd(real_q, real_k) * len(real_q)  # a sum over queries
         return mmd_q / n_s, dict(mmd_q=mmd_q.detach())
 
-MATCHES = dict(none=CMA, ga=CMA, ct=ConditionalTransport, released=Released, unsaturated=Unsaturated, mmd=MMD)
+MATCHES = dict(none=CMA, ga=CMA, ct=ConditionalTransport, unsaturated=Unsaturated, mmd=MMD)
 
 def main(argv=None):
     """Runs a command line; returns what eval.json holds."""
     parser = dskd_ga.build_parser(("cma",))
-    parser.description = "DSKD-CMA with another key-query matching than GA; this file's header says more."
-    add = parser.add_argument_group("matching").add_argument
-    add("--match", choices=tuple(MATCHES), default="ct", help="what L_KQ is; none: as dskd_ga.py without --ga")
-    add("--without", choices=TERMS[1:], nargs="+", default=[], help="terms that get weight 0 in eq. (9)")
+    parser.add_argument("--match", choices=tuple(MATCHES), default="ct", help="what L_KQ is")
+    parser.add_argument("--without", choices=TERMS[1:], nargs="+", default=[], help="terms with weight 0")
     args = parser.parse_args(argv)
     parser.set_defaults(ga=args.match != "none")
     if not args.eval_only:

@@ -1,5 +1,5 @@
 """Tests of experiments/: oracles that loop, hand-made cases, properties, short runs."""
-import hashlib, itertools, json, math, pathlib, random, re, sys, unicodedata
+import functools, hashlib, itertools, json, math, pathlib, random, re, shutil, sys, unicodedata
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,11 +17,11 @@ import baselines
 import chunks
 import demo
 import matching
+import pictures
 import report
-import dskd_ga
+import dskd_ga, test_dskd_ga
+from test_dskd_ga import fixed_seed, gradients, same
 
-torch.set_num_threads(1)  # the tensors are tiny
-SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 S_LENGTHS, T_LENGTHS = [4, 2, 5], [3, 5, 1]
 NAN, MAP = float("nan"), torch.tensor([0, 3, -1, 3, 1, -1, 3])  # 7 teacher tokens onto some of 5
 END = (-1, -1)
@@ -31,7 +31,7 @@ RUNS = ["clp-skl-10", "cla-ga-skl-10", "cma-nq-skl-10"]
 def data(tmp_path_factory):
     """The demo's materials, and short runs of clp, of cla with the adversary, and of cma."""
     folder = tmp_path_factory.mktemp("demo")
-    demo.main([str(folder)])
+    demo.main([str(folder), "--rows", "new"])
     (folder / "few").mkdir()
     lines = (folder / "raw.jsonl").read_text().splitlines(keepends=True)
     (folder / "few/raw.jsonl").write_text("".join(lines[:60]))
@@ -44,31 +44,16 @@ def data(tmp_path_factory):
     return folder
 
 # ---- baselines.py and matching.py
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-def normal(*shape, grad=True):
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
-
-def same(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-def gradients(value, leaves):
-    return torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True)
+normal = functools.partial(test_dskd_ga.normal, grad=True)
+padded = lambda *rows: test_dskd_ga.padded(*rows)[0]
 
 def no_gradient(value, leaves):
     return all((g == 0).all() for g in gradients(value, leaves))
 
-def padded(rows, fill, extra):
-    """[(n, ...), ...] -> (B, longest n + extra, ...)"""
-    block = nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], True, fill)
-    return torch.cat([block, torch.full_like(block[:, :1], fill).repeat_interleave(extra, 1)], 1)
-
 def side(lengths, size, extra, chunk=None):
     """A batch with random targets below size."""
     targets = padded([torch.randint(size, (n,)) for n in lengths], -100, extra)
-    chunk = padded(chunk, -1, extra) if chunk else None
+    chunk = padded(list(map(torch.tensor, chunk)), -1, extra) if chunk else None
     return dskd_ga.Side(inputs=targets, targets=targets, mask=targets >= 0, chunk=chunk)
 
 class Headed(nn.Linear):
@@ -78,6 +63,7 @@ class Headed(nn.Linear):
 
 def distiller(cls, size_s, size_t, flags="", d_s=4, d_t=3):
     args = dskd_ga.build_parser().parse_args(flags.split())
+    args.without = []
     teacher = SimpleNamespace(head=normal(size_t, d_t))
     return cls(Headed(d_s, size_s, bias=False), teacher, args).double().eval()
 
@@ -199,25 +185,6 @@ def test_mined_matches_what_the_map_sends_to_the_very_token():
     assert numbers([3, 5, 4], [3, 0, 0, 5]) == ([-1, 3, -1], [-2, -2, -2, 3])
     assert model.vocabulary.tolist() == model.nearest == [0, 1, 2, 0, 3, 5, 0, 1, 0, -1, -1]
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the tokenizers of GPT-2 and Qwen1.5, and Dolly's rows")
-def test_how_much_mined_matches_on_real_rows(monkeypatch):
-    folders = [SHARED / "tokenizers" / name for name in ("gpt2", "qwen1.5")]
-    tokenizers = [dskd_ga.AutoTokenizer.from_pretrained(folder) for folder in folders]
-    rows = dskd_ga.read_rows(SHARED / "data/dolly/dev.jsonl", 150)
-    used = sorted({token for pair in dskd_ga.pairs(rows, tokenizers) for token in pair.t.ids})
-    whole = baselines.token_map
-    def of_used_tokens(s_texts, t_texts):
-        nearest = {text: i for i, text in enumerate(s_texts)}  # all different, in GPT-2's vocabulary
-        rest = [t_texts[token] for token in used if t_texts[token] not in nearest]
-        nearest |= zip(rest, whole(s_texts, rest))
-        return [nearest.get(text, -1) for text in t_texts]
-
-    monkeypatch.setattr(baselines, "token_map", of_used_tokens)
-    model = distiller(baselines.MinED, 50257, 151936, d_s=1, d_t=1)
-    found = dskd_ga.pairs(rows, tokenizers, annotate=model.annotate)
-    matched = [number >= 0 for pair in found for number in pair.s.chunk]
-    assert len(matched) == 12764 and abs(sum(matched) / len(matched) - 0.8535) < 0.002
-
 def slow_ct(critic, q, k):
     """The halves of eq. (15) for one sequence, sums over its queries and over its keys."""
     cost = 1 - critic.critic(q) @ critic.critic(k).T
@@ -240,11 +207,35 @@ def test_ct_loss(counts):
     same(gradients(-found, up), gradients(expected, up))     # the critic ascends
     assert no_gradient(found, k)
 
-def test_released_divides_the_mean_by_the_tokens_of_four_rows():
-    model = distiller(matching.Released, 5, 7, "--ga --batch-size 16")
-    s, t, q, k = side([2, 5], 5, 0), side([3, 4], 7, 0), normal(2, 5, 6), normal(2, 4, 6)
-    expected, terms = dskd_ga.ga_loss(model.disc, q, k, s.mask, t.mask, 28, 60)
-    same(model.match(q, k, s, t, 28, 60), (expected / 7, terms))
+def test_unsaturated_leaves_d_its_loss_and_gives_p_q_the_other_one():
+    model = distiller(matching.Unsaturated, 5, 7, "--ga")
+    s, t, q, k = side([2, 5], 5, 1), side([3, 4], 7, 0), normal(2, 6, 6), normal(2, 4, 6)
+    loss, terms = model.match(q, k, s, t, 28, 60)
+    eq14, expected = dskd_ga.ga_loss(model.disc, q, k, s.mask, t.mask, 28, 60)
+    weights = list(model.disc.parameters())
+    same(terms, expected)
+    same(gradients(loss, weights), gradients(eq14, weights))
+    # -log(1 - D(q)) of each real query, by hand: log of 1 + e^z
+    fooled = sum(torch.log1p(model.disc(q[b, i]).exp()) for b, i in s.mask.nonzero().tolist()) / 28
+    same(gradients(loss, [q]), gradients(fooled, [q]))
+    assert no_gradient(loss, [k])
+
+def test_mmd_moves_queries_to_keys():
+    model = distiller(matching.MMD, 5, 7, "--ga")
+    s, t, q, k = side([2, 5], 5, 1), side([3, 4], 7, 0), normal(2, 6, 6), normal(2, 4, 6)
+    loss, terms = model.match(q + 3, k, s, t, 28, 60)
+    same(loss, chunks.mmd((q + 3)[s.mask], k[t.mask]) * 7 / 28)
+    same(terms["mmd_q"], loss.detach() * 28)
+    (gradient,) = gradients(loss, [q])
+    assert gradient[s.mask].sum() > 0 and not gradient[~s.mask].any() and no_gradient(loss, [k])
+
+def test_terms_are_left_out(data, tmp_path):
+    left = ["ce_t2s", "kd_s2t"]
+    more = ["--match", "none", "--without", *left, "--div", "kl", "--lr", "1e-9", "--lr-projectors", "1e-9"]
+    matching.main([*flags(data, tmp_path, "teacher"), *more])
+    line = json.loads((tmp_path / "cma-no_ce_t2s-no_kd_s2t-kl-10/log.jsonl").read_text().splitlines()[0])
+    assert line["loss"] == pytest.approx((line["ce"] + line["kd_t2s"]) / 2, abs=1e-5)
+    assert 0 < line["mass"] < 1 and line["ce_t2s"] > 1 and "D_q" not in line
 
 def flags(data, out, teacher):
     models = f"--student {data}/student --teacher {data}/{teacher} --teacher-ready"
@@ -253,8 +244,8 @@ def flags(data, out, teacher):
         --max-new-tokens 2""".split()
 
 @pytest.mark.parametrize("method, name", [
-    ("kd", "kd-srkl"), ("dskd", "dskd-srkl"), ("uld", "uld"), ("mined", "mined"), ("ct", "cma-ct-srkl"),
-    ("released", "cma-released-srkl")])
+    ("kd", "kd-srkl"), ("dskd", "dskd-srkl"), ("uld", "uld"), ("mined", "mined"), ("none", "cma-srkl"),
+    ("ct", "cma-ct-srkl"), ("unsaturated", "cma-unsaturated-srkl"), ("mmd", "cma-mmd-srkl")])
 def test_a_step(data, tmp_path, monkeypatch, method, name):
     module, classes, flag = matching, matching.MATCHES, "--match"
     if method in baselines.METHODS:
@@ -268,20 +259,17 @@ def test_a_step(data, tmp_path, monkeypatch, method, name):
     monkeypatch.setitem(classes, method, Watched)
     module.main([flag, method, *flags(data, tmp_path, "teacher-same" if "kd" in method else "teacher")])
     for (key, parameter), before in zip(starts[0][0].named_parameters(), starts[0][1]):
-        fixed = method == "released" and key.startswith("disc.")
-        assert torch.equal(parameter, before) == fixed, key
+        assert not torch.equal(parameter, before), key
     line = json.loads((tmp_path / f"{name}-10" / "log.jsonl").read_text().splitlines()[0])
     terms = [line[term] for term in ("ce", "kd", "ce_t2s", "kd_t2s", "kd_s2t") if term in line]
     assert len(terms) == (2 if method in ("kd", "uld", "mined") else 4)
-    kq = line["ct_q"] + line["ct_k"] if method == "ct" else 0
-    assert method == "released" or line["loss"] == pytest.approx(sum(terms) / 2 + kq, abs=1e-4)
+    kq = sum(line.get(name, 0) for name in ("ct_q", "ct_k", "mmd_q"))
+    assert method == "unsaturated" or line["loss"] == pytest.approx(sum(terms) / 2 + kq, abs=1e-4)
 
 def test_the_name_that_is_given_wins(monkeypatch):
     monkeypatch.setattr(dskd_ga, "main", lambda argv, parser, distiller: parser.parse_args(argv).name)
-    assert baselines.main("--method mined --name x".split()) == matching.main("--name x".split()) == "x"
-    assert matching.main("--normalise-queries --div kl".split()) == "cma-ct-nq-kl"
-    assert baselines.main("--method uld --eval-only m".split()) is None
-    assert matching.main("--eval-only m".split()) is None
+    for command, name in (("--name x", "x"), ("--normalise-queries --div kl", "cma-ct-nq-kl"), ("--eval-only m", None)):
+        assert matching.main(command.split()) == name
 
 @pytest.mark.parametrize("method, teacher, more, message", [
     ("kd", "teacher", [], "--teacher, tokens of its head: found 4"),
@@ -372,13 +360,6 @@ def test_any_text_in_any_normal_form_has_chunks_of_one_text(tmp_path_factory, wo
     whole = unicodedata.normalize("NFC", text) + "<|endoftext|>"
     assert whole.startswith(found) and (found == whole or limit < 999)
 
-@pytest.mark.skipif(not (SHARED / "tokenizers").is_dir(), reason="needs GPT-2's and Qwen1.5's tokenizers")
-def test_the_papers_tokenizers_on_decomposed_korean(tmp_path):
-    load = transformers.AutoTokenizer.from_pretrained
-    sides = load(SHARED / "tokenizers/gpt2"), load(SHARED / "tokenizers/qwen1.5")
-    text = unicodedata.normalize("NFD", "한국의 수도는 서울이며, 인구는 약 940만 명이다.")
-    assert chunk_texts(tmp_path / "row.jsonl", text, sides, 9999)[1] > 15
-
 def test_attention_stays_inside_chunks():
     sides, vectors = [], []
     for n, chunk in ((4, [[0, 0, 1, -1, 0], [0] * 5]), (2, [[0, 1, 1, 1, 0], [0, 0, 0, -2, -2]])):
@@ -447,22 +428,42 @@ def test_the_demo_has_its_rows_and_clp_its_chunks(data):
     inside = (s.chunk[:, :, None] == t.chunk[:, None]) & s.mask[:, :, None] & t.mask[:, None]
     assert torch.equal(out["a_t2s"] > 0, inside) and torch.equal(out["a_s2t"] > 0, inside.mT)
 
-def test_finished_runs_are_analysed(data, capsys):
-    chunks.main([*[str(data / name) for name in RUNS], "--figure", str(data / "heat"), "--rows", "2"])
-    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["alignment", *RUNS] and lines[2][:3] == ["mass", "1.000", "1.000"]
-    assert float(lines[2][3]) < 0.7
-    numbers = [json.loads((data / name / "alignment.json").read_text()) for name in RUNS]
-    assert ["mmd", *[f"{x['mmd']:.3f}" for x in numbers]] in lines
+def test_predictions_by_hand():
+    z = torch.tensor([[0.25, 0.25, 0.5], [0.9, 0.05, 0.05]], dtype=torch.float64).log() + 7
+    entropies = [1.5 * math.log(2), -0.9 * math.log(0.9) - 0.1 * math.log(0.05)]
+    expected = [[math.log(4), entropies[0], 0], [-math.log(0.9), entropies[1], 1]]
+    same(chunks.predictions(z, torch.tensor([0, 0])), torch.tensor(expected, dtype=torch.float64))
+
+def test_finished_runs_are_analysed(data, capsys, monkeypatch):
+    outs, losses = [], dskd_ga.dual_space_losses
+    monkeypatch.setattr(dskd_ga, "dual_space_losses", lambda *a, **b: outs.append(losses(*a, **b)) or outs[-1])
+    chunks.main([*[str(data / name) for name in RUNS], "--figure", str(data / "heat.png")])
+    lines = capsys.readouterr().out.splitlines()
+    numbers = [json.loads((data / name / "numbers.json").read_text()) for name in RUNS]
+    assert [line.split(" | ")[0] for line in lines] == [str(data / name) for name in RUNS]
+    for line, found in zip(lines, numbers):
+        assert f"mmd {found['mmd']:.3f}" in line.split(" | ")
+    assert [x["mass"] for x in numbers[:2]] == pytest.approx([1, 1]) and numbers[2]["mass"] < 0.7
     assert numbers[2]["norm_q"] == pytest.approx(numbers[2]["norm_k"], rel=0.05)  # --normalise-queries
-    assert "</svg>" in (data / "heat-1.svg").read_text()
-    picture = matplotlib.image.imread(data / "heat-2.png")[:, :, :3]
+    # the dev rows' 12 responses of the last run, by transformers' own loss and by the training objective
+    tokens = transformers.AutoTokenizer.from_pretrained(data / RUNS[2] / "best")
+    model = transformers.AutoModelForCausalLM.from_pretrained(data / RUNS[2] / "best").eval()
+    count, total = 0, 0.0
+    for row in dskd_ga.read_rows(data / "few/raw.jsonl", 12):
+        prompt, response = tokens(row.prompt)["input_ids"], tokens(row.references[0])["input_ids"] + [0]
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        total += model(torch.tensor([prompt + response]), labels=labels).loss.item() * len(response)
+        count += len(response)
+    assert numbers[2]["ce_s"] == pytest.approx(total / count, rel=1e-4)
+    for name, sums in (("ce_t2s", "ce_t2s"), ("correct_t2s", "n_correct")):
+        assert numbers[2][name] == pytest.approx(sum(out[sums].item() for out in outs[-12:]) / count, rel=1e-4)
+    picture = matplotlib.image.imread(data / "heat.png")[:, :, :3]
     assert (picture[0, 0] == 1).all() and picture.mean() > 0.7  # dark on white
     assert (abs(picture - (1, 0.498, 0.055)).max(2) < 0.02).sum() > 500  # the chunks' outlines
 
-def run(name, seed, scores, rows, **alignment):  # scores: of sampling seeds, by test set
+def run(name, seed, scores, rows, **numbers):  # scores: of sampling seeds, by test set
     *_, last = scores.values()
-    return report.Run(name, seed, scores | dict(OOD=last, All=last), rows, alignment)
+    return report.Run(name, seed, scores | dict(OOD=last, All=last), rows, numbers)
 
 def test_a_report_keeps_training_and_sampling_seeds_apart():
     rows = dict(seen=[1.0, 2.0], longer=[3.0])
@@ -470,27 +471,50 @@ def test_a_report_keeps_training_and_sampling_seeds_apart():
             run("sft", 2, dict(seen=[5, 6, 7], longer=[6, 8, 7]), rows),  # one sampling more
             run("b", 1, dict(seen=[4, 4], longer=[2, 4]), rows, mass=0.25, top=0.5)]
     low, high = report.bootstrap(runs[:2], runs[2:])
-    # sft on `seen`: runs of mean 2 and 6; squares of 2 and of 2 over 1 + 2 degrees of freedom
+    # sft on `seen`: runs of mean 2 and 6, of variance 2 and 1
     assert report.table(runs, "b").splitlines() == [
-        f"| ROUGE-L | seeds | seen | longer | OOD | All | All less b | {' | '.join(report.ALIGNMENT)} |",
-        "|" + " --- |" * 13,
-        "| sft | 2 | 4.00 ± 2.83 (1.15) | 6.50 ± 0.71 (0.82) | 6.50 ± 0.71 (0.82) | 6.50 ± 0.71 (0.82) | "
-        f"+3.50 [{low:+.2f}, {high:+.2f}] |  |  |  |  |  |  |",
-        "| b | 1 | 4.00 (0.00) | 3.00 (1.41) | 3.00 (1.41) | 3.00 (1.41) |  | 0.25 |  |  | 0.50 |  |  |"]
+        "| ROUGE-L | seeds | seen | longer | All | less b | mass | top |", "|" + " --- |" * 8,
+        "| sft | 2 | 4.00 ± 2.83 (1.22) | 6.50 ± 0.71 (0.71) | 6.50 ± 0.71 (0.71) | "
+        f"+3.50 [{low:+.2f}, {high:+.2f}] |  |  |",
+        "| b | 1 | 4.00 (0.00) | 3.00 (1.41) | 3.00 (1.41) |  | 0.25 | 0.50 |"]
+    # to the right of it the same without sampling, where there is any, against the same
+    greedy = [run(f"{name}-greedy", 1, dict(seen=[score], longer=[1]), rows) for name, score in (("b", 7), ("a", 5))]
+    lines = report.table([*runs, run("a", 1, dict(seen=[1], longer=[1]), rows), *greedy], "b", numbers=["top"])
+    cells = [line.split(" | ") for line in lines.splitlines()]
+    assert cells[0][6:] == ["seen, greedy", "longer, greedy", "All, greedy", "less b, greedy", "top |"]
+    assert [line[0][2:] for line in cells[2:]] == ["sft", "b", "a"] and {len(line) for line in cells} == {11}
+    assert cells[2][6:] == ["", "", "", "", " |"] and cells[3][6:] == ["7.00", "1.00", "1.00", "", "0.50 |"]
+    assert cells[4][6:9] == ["5.00", "1.00", "1.00"] and cells[4][9].startswith("+0.00 [")
     with pytest.raises(dskd_ga.InputError, match="sft: found seed 1 twice"):
         report.table([*runs, runs[0]])
     with pytest.raises(dskd_ga.InputError, match="rows of c: found"):
         report.table([*runs, run("c", 1, dict(t=[1]), dict(t=[1]))])
 
-def test_a_report_puts_the_paper_beside_its_rows():
+def test_the_papers_numbers_are_a_file_of_runs():
     ood = (6.01, 22.36, 16.87, 27.77, 13.44, 14.40, 14.11, 16.95, 17.00, 16.55, 17.32, 16.46, 14.46, 16.68)
-    one = {name: [1.0] for name in report.PAPER_SETS}
-    names = [name + "-skl" * (name in ("clp", "dskd")) for name in [*report.PAPER, "cma-skl"]]  # with any f
-    *lines, last = report.table([run(name, None, one, one) for name in names]).splitlines()[2:]
-    for line, scores, mean in zip(lines, report.PAPER.values(), ood, strict=True):
-        found = [float(part.split()[0]) for part in line.split("paper ")[1:]]
-        assert found[:5] == scores and found[5:] == pytest.approx([mean, sum(scores) / 5], abs=0.011)
-    assert "paper" not in last
+    paper = report.read_runs(pathlib.Path(report.__file__).parent / "results/paper.json")
+    assert [x.rougeL["OOD"][0] for x in paper] == pytest.approx(ood, abs=0.011)
+    one = {name: [1.0] for name in paper[0].rougeL if name not in ("OOD", "All")}
+    cma = run("cma-kl", None, one, one)
+    header, _, mine, *lines = report.table([cma, *paper], "cma-kl").splitlines()
+    assert header == "| ROUGE-L | seeds | Dolly | SelfInst | Vicuna | S-NI | UnNI | OOD | All | less cma-kl |"
+    assert mine.startswith("| cma-kl | 1 | 1.00 |") and len(lines) == 14
+    assert lines[-1] == "| paper: cma-ga-kl | 1 | 24.92 | 11.17 | 15.84 | 18.19 | 21.50 | 16.68 | 18.32 |  |"
+
+def test_curves_and_pictures(data, tmp_path):
+    """A run's log becomes curves, and kept runs of two training seeds become a picture."""
+    for seed, end in itertools.product((1, 2), ("", "-greedy")):
+        folder = tmp_path / f"cma-skl{end}-{seed}"
+        shutil.copytree(data / RUNS[2], folder)
+        lines = [dict(step=step, loss=1, ce=step / 8, mass=0.5, D_q=1, D_k=0) for step in (10, 20, 110, 200)]
+        lines.insert(3, dict(step=111, dev_rougeL=50.12345))
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    report.main([*map(str, tmp_path.iterdir()), "--keep", str(tmp_path / "kept.json")])
+    runs = report.read_runs(tmp_path / "kept.json")
+    assert runs[0].curves["ce"] == [[10, 1.25], [20, 2.5], [200, 25]]
+    assert runs[0].curves["dev_rougeL"] == [[111, 50.123]]
+    pictures.main([str(tmp_path / "kept.json")])
+    assert matplotlib.image.imread(tmp_path / "kept.png").mean() > 0.9
 
 def test_bootstrap_intervals():
     rng = random.Random(1)
@@ -507,19 +531,17 @@ def test_bootstrap_intervals():
     assert report.bootstrap([high], [low]) == pytest.approx([2, 2])  # sets count alike, whatever their sizes
 
 def test_finished_runs_are_reported_and_bad_input_is_one_line(data, tmp_path, capsys):
-    kept = tmp_path / "kept"  # has the table's numbers without the predictions
+    kept = tmp_path / "kept.json"  # has the table's numbers without the predictions
     report.main([*[str(data / name) for name in RUNS], "--baseline", "clp-skl", "--keep", str(kept)])
     printed = capsys.readouterr().out
-    report.main([*[str(kept / name) for name in RUNS], "--baseline", "clp-skl"])
+    report.main([str(kept), "--baseline", "clp-skl"])
     assert capsys.readouterr().out == printed
-    for name in RUNS:  # the mean over seeds, row by row and of all rows
-        found = json.loads((kept / name / "eval.json").read_text())
-        for test_set, rows in found["rows"].items():
-            seeds = [json.loads(path.read_text())["rougeL"] for path in
-                     (data / name / "predictions").glob(f"{test_set}-*.json")]
-            assert rows == pytest.approx([sum(row) / len(row) for row in zip(*seeds)], abs=0.006)
-            assert sum(rows) / len(rows) == pytest.approx(
-                sum(found["rougeL"][test_set]) / len(seeds), abs=0.006)
+    found = report.read_runs(kept)[1]  # the mean over its seeds, row by row and of all rows
+    for test_set, rows in found.rows.items():
+        files = (data / RUNS[1] / "predictions").glob(f"{test_set}-*.json")
+        seeds = [json.loads(path.read_text())["rougeL"] for path in files]
+        assert len(seeds) == 3 and rows == pytest.approx([sum(row) / 3 for row in zip(*seeds)], abs=0.051)
+        assert sum(rows) / len(rows) == pytest.approx(sum(found.rougeL[test_set]) / 3, abs=0.051)
     lines = printed.splitlines()
     assert lines[2].startswith("| clp-skl | 1 | ") and lines[3].startswith("| cla-ga-skl | 1 | ")
     (tmp_path / "eval.json").write_text("{}")

@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""Draws runs that `report.py --keep` has written to a FILE.json, into FILE.png: what students score, with 95 %
+intervals over test rows and training seeds, and, by step, what the log says.
+
+    python experiments/pictures.py experiments/results/few.json experiments/results/many.json
+"""
+import pathlib, sys
+import numpy as np
+from matplotlib import figure
+import report
+
+PANELS = dict(dev_rougeL="dev ROUGE-L", ce="CE of training rows", mass="attention in the right chunk",
+              D_q="D(q)", D_k="D(k)")
+
+def draw_scores(axes, groups):
+    names = [name for name in groups if name + report.GREEDY in groups and "no_" not in name]
+    for place, name in enumerate(names):
+        for end, style in (("", "C0o"), (report.GREEDY, "C1s")):
+            runs = groups[name + end]
+            zeros = {test_set: [0] * len(rows) for test_set, rows in runs[0].rows.items()}
+            low, high = report.bootstrap(runs, [run._replace(rows=zeros) for run in runs])
+            mean = report.overall(runs)
+            axes.errorbar(mean, place + 0.2 * bool(end), xerr=[[mean - low], [high - mean]], fmt=style)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="ROUGE-L; circles: temperature 1, squares: greedy", ylim=(len(names), -1))
+
+def draw_steps(axes, groups, number):
+    for name, runs in groups.items():
+        points = {}  # of all training seeds, by step
+        for run in runs:
+            for step, value in run.curves.get(number, []):
+                points.setdefault(step, []).append(value)
+        if points and (name == "sft" or "mass" in runs[0].curves) and "no_" not in name:
+            axes.plot(list(points), [np.mean(values) for values in points.values()], label=name)
+    axes.set(xlabel="step", ylabel=PANELS[number])
+    axes.legend(fontsize=7)
+
+def main(argv=None):
+    for file in map(pathlib.Path, argv or sys.argv[1:]):
+        groups = report.by_name(report.read_runs(file))
+        page = figure.Figure((13, 8), layout="constrained")
+        panels = page.subplots(2, 3).flat
+        draw_scores(panels[0], groups)
+        for axes, number in zip(panels[1:], PANELS):
+            draw_steps(axes, groups, number)
+        page.savefig(file.with_suffix(".png"), facecolor="white")  # to be read on any page
+
+if __name__ == "__main__":
+    main()
