@@ -3,7 +3,7 @@
 development rows, and how attention, of CMA, CLP or CLA, aligns student and teacher, in numbers and pictures.
 
     python experiments/chunks.py --method clp                        # trains; takes dskd_ga.py's flags
-    python experiments/chunks.py runs/cma-skl-10 --figure heat.png   # writes RUN/numbers.json, and draws a row
+    python experiments/chunks.py runs/cma-skl-10 --figure heat.png   # writes numbers.json, and draws a row
 
 Departures from the paper
   1. Chunks, the smallest texts that begin and end between tokens of both sides, are made of target tokens,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws runs that `report.py --keep` has written to a FILE.json, into FILE.png: what students score, with 95 %
+"""Draws runs that `report.py --keep` has written to FILE.json, into FILE.png: what students score, with 95 %
 intervals over test rows and training seeds, and, by step, what the log says.
 
     python experiments/pictures.py experiments/results/few.json experiments/results/many.json
