@@ -24,7 +24,7 @@ once() {  # once FOLDER COMMAND...: nothing if the folder has its eval.json
     [ -f "$folder/eval.json" ] || "$@"
 }
 
-flags() {  # flags OUT: of what small models, trained before, learn from the 400 rows in OUT/data
+flags() {  # flags OUT: settings for small models, trained before, on the 400 rows in OUT/data
     echo --out $1 --data $1/data --student $1/student-10/best --teacher $1/teacher-10/best --teacher-ready \
         --tests seen=$1/data/seen.jsonl longer=$1/data/longer.jsonl --dev-rows 100 --batch-size 16 \
         --micro-batch 16 --epochs 80 --lr 2e-3 --lr-projectors 2e-3 --dev-samplings 1 --eval-seeds 10 20 30 \
@@ -54,16 +54,16 @@ case $job in
             greedy $out sft-10
         } > $out/beside.log 2>&1 &
         before $out teacher 4 before-teacher
-        wait $!
+        wait $! || tail $out/beside.log
         {
             once $out/cma-skl-10 $python dskd_ga.py $(flags $out)
             greedy $out cma-skl-10
         } >> $out/beside.log 2>&1 &
         once $out/cma-ga-skl-10 $python dskd_ga.py $(flags $out) --ga
         greedy $out cma-ga-skl-10
-        wait $!
-        $python experiments/report.py --baseline sft $(dirname $out/*/eval.json)
-        $python experiments/chunks.py --figure $out/alignment.png $out/{cma-skl-10,cma-ga-skl-10} ;;
+        wait $! || tail $out/beside.log
+        $python experiments/chunks.py --figure $out/alignment.png $out/{cma-skl-10,cma-ga-skl-10}
+        $python experiments/report.py $(dirname $out/*/eval.json) --baseline sft ;;
     test) exec $python -m pytest -q "$@" ;;
     paper)
         train() { .venv/bin/torchrun --standalone --nproc_per_node="${GPUS:-4}" "$@"; }
@@ -82,9 +82,9 @@ case $job in
         once runs/cma-kl-10 train dskd_ga.py --div kl
         once runs/cma-ga-kl-10 train dskd_ga.py --div kl --ga
         once runs/teacher train dskd_ga.py --eval-only runs/Qwen1.5-1.8B-tuned/best --name teacher
-        $python experiments/report.py --baseline cma-kl runs/{untrained,teacher-gpt2-xl,dskd-skl-10,teacher,sft-10} \
+        $python experiments/report.py runs/{untrained,teacher-gpt2-xl,dskd-skl-10,teacher,sft-10} \
             runs/{mined,uld,cma-srkl,clp-skl,cla-skl,cma-ga-skl,cma-ct-kl,cma-kl,cma-ga-kl}-10 \
-            experiments/results/paper.json ;;
+            experiments/results/paper.json --baseline cma-kl ;;
     study)
         export OMP_NUM_THREADS=1 python
         for rows in few many; do
@@ -122,11 +122,11 @@ case $job in
                     echo "runs/few $name-$seed experiments/matching.py --match none --without $terms"
                 done
             done
-        } | xargs -P "${JOBS:-2}" -I LINE bash -c 'set -- LINE; train "$@"'
+        } | xargs -P "${JOBS:-2}" -I LINE bash -euc 'set -- LINE; train "$@"'
         for rows in few many; do
             $python experiments/chunks.py $(dirname runs/$rows/{sft,kd,uld,mined,cl,cma}*/best)
-            $python experiments/report.py --baseline cma-skl sft --numbers entropy_s --keep runs/$rows.json \
-                $(dirname runs/$rows/*/eval.json)
+            $python experiments/report.py $(dirname runs/$rows/*/eval.json) --keep runs/$rows.json \
+                --baseline cma-skl sft --numbers entropy_s mmd probe mass correct_t2s entropy_t2s
         done
         $python experiments/pictures.py runs/{few,many}.json ;;
     *) echo "run.sh: found $job, expected demo, test, paper or study" >&2; exit 2 ;;

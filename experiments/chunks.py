@@ -23,13 +23,13 @@ from dskd_ga import (InputError, check, collate, cross_model_attention, embed, l
 
 METHODS = ("clp", "cla")
 CPU = torch.device("cpu")
-DEV_ROWS = 100  # at most, that a run's numbers are of
+DEV_ROWS = 100  # read for a run's numbers, at most
 MOST = 4096    # queries, and keys, that are compared each with each
 load_teacher = functools.cache(load_model)  # once for all runs that are compared
 
 # Chunks =====================================================================================================
 def token_cuts(spans):
-    """Where tokens end, but not inside a character: there, the next token goes on in it."""
+    """Where tokens end, unless they end inside a character, which the next token then goes on with."""
     spans = [span for span in spans if span[1] >= 0]
     starts = [start for start, _ in spans[1:]] + [math.inf]
     return {end for (_, end), start in zip(spans, starts) if start >= end}
@@ -142,8 +142,8 @@ def mmd(x, y):
     distance = torch.cdist(z, z).square()
     kernel = torch.exp(-distance / distance.detach().median())  # whose width is a constant
     kernel = kernel - torch.diag(kernel.diagonal())
-    within_x = kernel[:n, :n].sum() / (n * (n - 1))
-    within_y = kernel[n:, n:].sum() / (m * (m - 1))
+    within_x = kernel[:n, :n].sum() / max(1, n * (n - 1))
+    within_y = kernel[n:, n:].sum() / max(1, m * (m - 1))
     return within_x + within_y - 2 * kernel[:n, n:].mean()
 def probe(x, y, x_test, y_test):
     """Balanced accuracy, on others, of the ridge regression that tells x (n, w) from y (m, w)."""
@@ -166,7 +166,7 @@ def read_run(folder):
     (folder / "eval.json").stat()  # OSError: it is not finished
     args = SimpleNamespace(**json.loads((folder / "args.json").read_text())["args"])
     student, *tokenizers = load_model(str(folder / "best"), CPU)
-    W_s, E_s = dskd_ga.head_of(student), student.get_input_embeddings()
+    W_s, E_s = dskd_ga.head_of(student).detach(), student.get_input_embeddings()
     path = folder / "best/projectors.pt"
     weights = torch.load(path, map_location=CPU, weights_only=True) if path.exists() else {}
     aligned = "query.weight" in weights
@@ -190,10 +190,11 @@ def read_run(folder):
             out = dskd_ga.dual_space_losses(proj, s, t, h_s, h_t, E_s, E_t, W_s, W_t, align=attend,
                                             normalise_queries=args.normalise_queries)
             v_t2s = proj.t2s(std_normalise(h_t, t.mask) + std_normalise(e_t, t.mask))         # (5)
-            columns.append(predictions((out["a_t2s"] @ v_t2s)[0] @ W_s.mT, targets))          # (6), (7)
+            q_t2s = predictions((out["a_t2s"] @ v_t2s)[0] @ W_s.mT, targets)                  # (6), (7)
+            columns.append(q_t2s.where(out["a_t2s"][0].any(1, keepdim=True), math.nan))  # not without a chunk
             alignment.append([x[0] for x in (out["q"], out["k"], out["a_t2s"], same_chunk(s, t), s.targets)])
         tables.append(torch.cat(columns, 1))
-    numbers = dict(zip(PREDICTION, torch.cat(tables).mean(0).tolist()))
+    numbers = dict(zip(PREDICTION, torch.cat(tables).nanmean(0).tolist()))
     if aligned:
         numbers |= alignment_numbers(alignment)
     (folder / "numbers.json").write_text(json.dumps(numbers))

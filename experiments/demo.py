@@ -10,7 +10,7 @@ In the folder:
   seen, longer.jsonl  200 test rows like them; 200 with longer lists and larger numbers
   student, teacher    a GPT-2 of 2 layers and width 64; a Qwen2 of 4 and 160 with another tokenizer;
   teacher-same        a GPT-2 of 4 and 160 with the student's
-  before-*            2,000 and 8,000 other rows, to train student and teachers on before
+  before-*            2,000 and 8,000 other rows, to train student and teachers on before; not with new
 """
 import json, pathlib, random, sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -51,7 +51,7 @@ def open_row(rng, longer, draws):
     words, kind, outputs = " ".join(nouns), rng.randrange(6), []
     for _ in range(draws):
         described = []
-        for noun in nouns:  # its adjective stands at its place, a rarer one after it, the rarest before it
+        for noun in nouns:  # mostly the adjective at its place, less often the next, least the one before
             (shift,) = rng.choices((0, 1, -1), (6, 3, 1))
             described.append(f"{ADJECTIVES[(NOUNS.index(noun) + shift) % len(NOUNS)]} {noun}")
         mixed, step = rng.sample(nouns, len(nouns)), rng.choice((1, 2, 5, 10))

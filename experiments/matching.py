@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Other ways than the adversary of eq. (14) to bring queries and keys together, and eq. (9) without some of
-its terms. They take dskd_ga.py's flags, and log `mass`, the share of A^{t->s} that is in the right chunk.
+its terms. They take dskd_ga.py's flags, and log `mass`, the share of A^{t->s} in the right chunk, if any.
 
     python experiments/matching.py --match ct --div kl            # conditional transport, eq. (15)
     python experiments/matching.py --match none --without kd_t2s  # plain CMA, less a term
@@ -73,7 +73,7 @@ class ConditionalTransport(CMA):
 
 class Unsaturated(CMA):
     """GA where P_Q descends -log(1 - D(q)) instead of ascending -log D(q): the surer D is, the larger is the
-    gradient, which vanishes in eq. (14). D learns as there."""
+    gradient, which vanishes in eq. (14). D learns as there, and from P_Q's loss nothing."""
     def match(self, q, k, s, t, n_s, n_t):
         loss, terms = dskd_ga.ga_loss(self.disc, q.detach(), k, s.mask, t.mask, n_s, n_t)
         fixed = {name: weight.detach() for name, weight in self.disc.named_parameters()}
@@ -97,6 +97,8 @@ def main(argv=None):
     parser.add_argument("--match", choices=tuple(MATCHES), default="ct", help="what L_KQ is")
     parser.add_argument("--without", choices=TERMS[1:], nargs="+", default=[], help="terms with weight 0")
     args = parser.parse_args(argv)
+    if args.ga and args.match == "none":
+        parser.error("--ga: give --match ga")
     parser.set_defaults(ga=args.match != "none")
     if not args.eval_only:
         parts = ["cma", *[args.match] * (args.match != "none"), *["nq"] * args.normalise_queries]

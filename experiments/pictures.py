@@ -20,7 +20,8 @@ def draw_scores(axes, groups):
             zeros = {test_set: [0] * len(rows) for test_set, rows in runs[0].rows.items()}
             low, high = report.bootstrap(runs, [run._replace(rows=zeros) for run in runs])
             mean = report.overall(runs)
-            axes.errorbar(mean, place + 0.2 * bool(end), xerr=[[mean - low], [high - mean]], fmt=style)
+            spread = np.abs([[mean - low], [high - mean]])
+            axes.errorbar(mean, place + 0.2 * bool(end), xerr=spread, fmt=style)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="ROUGE-L; circles: temperature 1, squares: greedy", ylim=(len(names), -1))
 
@@ -30,7 +31,7 @@ def draw_steps(axes, groups, number):
         for run in runs:
             for step, value in run.curves.get(number, []):
                 points.setdefault(step, []).append(value)
-        if points and (name == "sft" or "mass" in runs[0].curves) and "no_" not in name:
+        if points and (name == "sft" or "mass" in runs[0].curves) and "no_" not in name:  # too many otherwise
             axes.plot(list(points), [np.mean(values) for values in points.values()], label=name)
     axes.set(xlabel="step", ylabel=PANELS[number])
     axes.legend(fontsize=7)

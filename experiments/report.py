@@ -34,7 +34,8 @@ def read_runs(path):
             return [Run(**run) for run in json.loads(path.read_text())]
         result, rows, curves = json.loads((path / "eval.json").read_text()), {}, {}
         for test_set in [name for name in result["rougeL"] if name not in ("OOD", "All")]:
-            files = (path / "predictions").glob(f"{test_set}-*.json")
+            seeds = result["args"]["eval_seeds"][:len(result["rougeL"][test_set])]  # without sampling one
+            files = [path / "predictions" / f"{test_set}-{seed}.json" for seed in seeds]
             scores = [json.loads(file.read_text())["rougeL"] for file in files]
             rows[test_set] = np.mean(scores, 0).round(1).tolist()
         for line in log.read_text().splitlines() if log.exists() else ():
@@ -54,8 +55,7 @@ def bootstrap(group, base, replicates=1000):
     test sets. group, base: lists of `Run`s. Each replicate draws test rows, the same for both (paired), and
     training runs: those of equal seeds if both have the same, as these share initialisation and row order."""
     rng = np.random.default_rng(0)
-    group = sorted(group, key=lambda run: run.seed)
-    base = sorted(base, key=lambda run: run.seed)
+    group, base = [sorted(runs, key=lambda run: run.seed or 0) for runs in (group, base)]
     group_picks = rng.integers(len(group), size=(len(group), replicates))
     base_picks = rng.integers(len(base), size=(len(base), replicates))
     if [run.seed for run in group] == [run.seed for run in base]:
@@ -73,7 +73,7 @@ def bootstrap(group, base, replicates=1000):
 def cell(values):
     """The text of a list with, for each training run, a list of its scores, one a sampling seed."""
     means = [np.mean(scores) for scores in values]
-    text = f"{np.mean(means):.2f}"
+    text = f"{np.mean(means):.2f}" if means else ""
     if len(means) > 1:
         text += f" ± {np.std(means, ddof=1):.2f}"
     variances = [np.var(scores, ddof=1) for scores in values if len(scores) > 1]
@@ -84,7 +84,7 @@ def overall(group):  # each run counts alike
     return np.mean([np.mean(run.rougeL["All"]) for run in group])
 def difference(group, base):
     """The text of how much higher a group of runs scores than another."""
-    if group is base or not (group[0].rows and base[0].rows):
+    if group is base or not (group and base and group[0].rows and base[0].rows):
         return ""
     gap = overall(group) - overall(base)
     low, high = bootstrap(group, base)
@@ -92,10 +92,11 @@ def difference(group, base):
 
 def by_name(runs):
     """The runs by name, in lists. InputError: one comes twice, or some were tested on other rows."""
-    groups, expected = {}, {name: len(rows) for name, rows in runs[0].rows.items()}
+    sizes = lambda run: {name: len(rows) for name, rows in run.rows.items()}
+    groups, first = {}, max(runs, key=lambda run: len(run.rows))  # the paper's have no rows
     for run in runs:
-        sizes = {name: len(rows) for name, rows in run.rows.items()}
-        check(sizes in ({}, expected), f"test rows of {run.name}", sizes, f"{expected}, as in {runs[0].name}")
+        usable = sizes(run) in ({}, sizes(first)) and run.rougeL.keys() == first.rougeL.keys()
+        check(usable, f"test rows of {run.name}", sizes(run), f"{sizes(first)}, as in {first.name}")
         group = groups.setdefault(run.name, [])
         check(run.seed not in [other.seed for other in group], run.name, f"seed {run.seed} twice", "once")
         group.append(run)
@@ -106,28 +107,23 @@ def table(runs, *baselines, numbers=ALIGNMENT):
     groups = by_name(runs)
     for baseline in baselines:
         check(baseline in groups, "--baseline", baseline, f"one of {', '.join(groups)}")
-    columns = list(runs[0].rougeL)
-    if len(columns) == 4:
-        columns.remove("OOD")  # of one set
+    columns = [name for name in runs[0].rougeL if name != "OOD" or len(runs[0].rougeL) > 4]  # not of one set
     numbers = [number for number in numbers if any(number in run.numbers for run in runs)]
     decodings = ["", GREEDY] if any(name.endswith(GREEDY) for name in groups) else [""]
-    lines = [["ROUGE-L", "seeds"]]
+    header = ["ROUGE-L", "seeds"]
     for decoding in decodings:
         names = columns + [f"less {baseline}" for baseline in baselines]
-        lines[0] += [name + decoding.replace("-", ", ") for name in names]
-    lines[0] += numbers
-    lines.append(["---"] * len(lines[0]))
-    for name in groups:
-        if name.endswith(GREEDY):
-            continue
-        line = [name, str(len(groups[name]))]
+        header += [name + decoding.replace("-", ", ") for name in names]
+    lines = [header + numbers, ["---"] * len(header + numbers)]
+    for name in dict.fromkeys(name.removesuffix(GREEDY) for name in groups):
+        line = [name, str(len(groups.get(name, [])))]
         for decoding in decodings:
             group = groups.get(name + decoding, [])
-            line += [cell([run.rougeL[column] for run in group]) if group else "" for column in columns]
-            line += [difference(group, groups[base + decoding]) if group else "" for base in baselines]
+            line += [cell([run.rougeL[column] for run in group]) for column in columns]
+            line += [difference(group, groups.get(base + decoding)) for base in baselines]
         for number in numbers:
-            found = [[run.numbers[number]] for run in groups[name] if number in run.numbers]
-            line.append(cell(found) if found else "")
+            found = [[run.numbers[number]] for run in groups.get(name, []) if number in run.numbers]
+            line.append(cell(found))
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -143,10 +139,10 @@ def main(argv=None):
         runs = [run for path in args.runs for run in read_runs(path)]
         print(table(runs, *args.baseline, numbers=args.numbers))
         print("\nMean ± standard deviation over training seeds (over sampling seeds); [95 % interval].")
-    except InputError as error:
+        if args.keep:
+            args.keep.write_text("[" + ",\n".join(json.dumps(run._asdict()) for run in runs) + "]\n")
+    except (InputError, OSError) as error:
         parser.exit(2, f"report.py: {' '.join(str(error).split())}\n")
-    if args.keep:
-        args.keep.write_text("[" + ",\n".join(json.dumps(run._asdict()) for run in runs) + "]\n")
 
 if __name__ == "__main__":
     main()
