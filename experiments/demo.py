@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Writes what the demo needs, without network, the same each time: rows, tokenizers and untrained models.
 
-    python experiments/demo.py runs/few/data               # 400 rows to train on, for models trained before
-    python experiments/demo.py runs/many/data --rows many  # the same, and tasks have many right answers
-    python experiments/demo.py runs/new/data --rows new    # 4,000 rows, for models that start from nothing
+    python experiments/demo.py runs/demo/data            # tasks with many right answers, 400 rows to train on
+    python experiments/demo.py runs/few/data --rows few  # tasks with one right answer, 400 rows to train on
+    python experiments/demo.py runs/new/data --rows new  # the same, 4,000 rows, for models from nothing
 
 In the folder:
   raw.jsonl           100 rows to choose a checkpoint by, then those to train on
@@ -82,7 +82,7 @@ def train_tokenizer(texts, size, single_digits):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
 
 def write_demo(folder, kind="new"):
-    """Writes rows, tokenizers and models into the folder, made if need be. kind: few, many or new."""
+    """Writes rows, tokenizers and models into the folder, made if need be. kind: many, few or new."""
     files = dict(raw=4100, seen=200, longer=200)
     if kind != "new":
         files |= {"raw": 500, "before-student/raw": 2100, "before-teacher/raw": 8100}
@@ -118,7 +118,7 @@ def write_demo(folder, kind="new"):
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", type=pathlib.Path, help="where to write, made if need be")
-    parser.add_argument("--rows", choices=("few", "many", "new"), default="few", help="see above")
+    parser.add_argument("--rows", choices=("many", "few", "new"), default="many", help="see above")
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     try:
