@@ -20,19 +20,19 @@ def draw_scores(axes, groups):
             zeros = {test_set: [0] * len(rows) for test_set, rows in runs[0].rows.items()}
             low, high = report.bootstrap(runs, [run._replace(rows=zeros) for run in runs])
             mean = report.overall(runs)
-            spread = np.abs([[mean - low], [high - mean]])
-            axes.errorbar(mean, place + 0.2 * bool(end), xerr=spread, fmt=style)
+            axes.errorbar(mean, place + 0.2 * bool(end), None, np.abs([[mean - low], [high - mean]]), style)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="ROUGE-L; circles: temperature 1, squares: greedy", ylim=(len(names), -1))
 
 def draw_steps(axes, groups, number):
-    for name, runs in groups.items():
+    names = [n for n in groups if n == "sft" or "mass" in groups[n][0].curves and "no_" not in n]
+    for place, name in enumerate(names):  # not more: who else has no attention, or is much like cma
         points = {}  # of all training seeds, by step
-        for run in runs:
+        for run in groups[name]:
             for step, value in run.curves.get(number, []):
                 points.setdefault(step, []).append(value)
-        if points and (name == "sft" or "mass" in runs[0].curves) and "no_" not in name:  # too many otherwise
-            axes.plot(list(points), [np.mean(values) for values in points.values()], label=name)
+        if points:
+            axes.plot(list(points), [np.mean(values) for values in points.values()], f"C{place}", label=name)
     axes.set(xlabel="step", ylabel=PANELS[number])
     axes.legend(fontsize=7)
 

@@ -14,9 +14,9 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from dskd_ga import InputError, check
 
-GREEDY = "-greedy"
 ALIGNMENT = ("mass", "mass_once", "mass_repeated", "top", "mmd", "probe")  # see chunks.py
-CURVES = ("dev_rougeL", "ce", "D_q", "D_k", "mass")  # of log.jsonl
+GREEDY, CURVES = "-greedy", ("dev_rougeL", "ce", "D_q", "D_k", "mass")  # of log.jsonl
+short = lambda number: round(float(number), 3)  # what a table or a picture shows of it
 
 class Run(NamedTuple):
     name: str
@@ -32,19 +32,19 @@ def read_runs(path):
     try:
         if path.suffix == ".json":
             return [Run(**run) for run in json.loads(path.read_text())]
-        result, rows, curves = json.loads((path / "eval.json").read_text()), {}, {}
+        result, rows, curves = json.loads((path / "eval.json").read_text(), parse_float=short), {}, {}
         for test_set in [name for name in result["rougeL"] if name not in ("OOD", "All")]:
             seeds = result["args"]["eval_seeds"][:len(result["rougeL"][test_set])]  # without sampling one
             files = [path / "predictions" / f"{test_set}-{seed}.json" for seed in seeds]
             scores = [json.loads(file.read_text())["rougeL"] for file in files]
             rows[test_set] = np.mean(scores, 0).round(1).tolist()
         for line in log.read_text().splitlines() if log.exists() else ():
-            found = json.loads(line)
+            found = json.loads(line, parse_float=short)
             step = found["step"]
             for name in CURVES:
                 if name in found and (name == "dev_rougeL" or step <= 100 or step % 100 == 0):
-                    curves.setdefault(name, []).append([step, round(found[name], 3)])
-        numbers = json.loads(numbers.read_text()) if numbers.exists() else {}
+                    curves.setdefault(name, []).append([step, found[name]])
+        numbers = json.loads(numbers.read_text(), parse_float=short) if numbers.exists() else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: found {error!r}, expected a finished run") from error
     name, seed = re.fullmatch(r"(.+?)(?:-(\d+))?", path.resolve().name).groups()
