@@ -695,8 +695,9 @@ def test_documented_commands_parse():
     for text in (dskd_ga.__doc__, (HERE / "README.md").read_text(), (HERE / "run.sh").read_text()):
         commands += re.findall(r"(?:python|torchrun)\b.* dskd_ga\.py( .*)$", text.replace("\\\n", " "), re.M)
     for command in commands:
-        plain = re.sub(r"\$(\w+|@|\{.*?\})", "1", re.split(r" #|[;&|>]", command)[0])
-        words = [word for word in shlex.split(plain) if word != "1"]
+        plain = re.sub(r"\$(\w+|@|\{.*?\}|\(.*?\))", "1", re.split(r" #|[;&|>]", command)[0])
+        words = shlex.split(plain)  # a 1 is a flag's value, or flags that are not shown
+        words = [word for last, word in zip(["", *words], words) if word != "1" or last.startswith("--")]
         if not {"-h", "--help"} & set(words):
             parser.parse_args(words)
     assert len(commands) > 5

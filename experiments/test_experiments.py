@@ -496,7 +496,6 @@ def test_the_papers_numbers_are_a_file_of_runs():
     assert lines[-1] == "| paper: cma-ga-kl | 1 | 24.92 | 11.17 | 15.84 | 18.19 | 21.50 | 16.68 | 18.32 |  |"
 
 def test_curves_and_pictures(data, tmp_path):
-    """A run's log becomes curves, and kept runs of two training seeds become a picture."""
     for seed, end in itertools.product((1, 2), ("", "-greedy")):
         folder = tmp_path / f"cma-skl{end}-{seed}"
         shutil.copytree(data / RUNS[2], folder)
