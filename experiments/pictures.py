@@ -25,8 +25,8 @@ def draw_scores(axes, groups):
     axes.set(xlabel="ROUGE-L; circles: temperature 1, squares: greedy", ylim=(len(names), -1))
 
 def draw_steps(axes, groups, number):
-    names = [n for n in groups if n == "sft" or "mass" in groups[n][0].curves and "no_" not in n]
-    for place, name in enumerate(names):  # not more: who else has no attention, or is much like cma
+    names = [n for n in groups if n[:3] in ("sft", "uld", "cma") and groups[n][0].curves and "no_" not in n]
+    for place, name in enumerate(names):  # no other: they are much like these
         points = {}  # of all training seeds, by step
         for run in groups[name]:
             for step, value in run.curves.get(number, []):
