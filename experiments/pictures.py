@@ -33,8 +33,8 @@ def draw_steps(axes, groups, number):
                 points.setdefault(step, []).append(value)
         if points:
             axes.plot(list(points), [np.mean(values) for values in points.values()], f"C{place}", label=name)
-    axes.set(xlabel="step", ylabel=PANELS[number])
-    axes.legend(fontsize=7)
+    axes.set(xlabel="step", ylabel=PANELS[number], visible=bool(axes.lines))  # some log less
+    axes.legend(*axes.get_legend_handles_labels(), fontsize=7)
 
 def main(argv=None):
     for file in map(pathlib.Path, argv or sys.argv[1:]):
