@@ -828,9 +828,8 @@ def evaluate(args, source, folder, tests, device):
     seeds = args.eval_seeds if temperature else args.eval_seeds[:1]  # without sampling all are alike
     model.generation_config.update(do_sample=temperature > 0, temperature=temperature or 1.0,
                                    no_repeat_ngram_size=args.no_repeat_ngram)
-    means = {}  # of each set, one a seed
+    means = {name: [] for name in tests}  # of each set, one a seed
     for name, rows in tests.items():
-        means[name] = []
         for seed in seeds:
             texts, scores = respond(model, tokenizer, rows, seed, args)
             means[name].append(float(np.mean(scores)))
@@ -876,7 +875,8 @@ def main(argv=None, parser=None, distiller=Distiller):
             for number in value if isinstance(value, list) else [value]:
                 if type(number) in (int, float):  # neither a text nor a switch
                     usable = 0 < number < math.inf or (number == 0 and name in MAY_BE_ZERO)
-                    check(usable, "--" + name.replace("_", "-"), number, "a finite number over 0")
+                    check(usable, "--" + name.replace("_", "-"), number,
+                          "a finite number over 0, or 0 where that has a meaning")
         check(args.skew <= 1, "--skew", args.skew, "0 to 1")
         device = torch.device("cpu")
         if torch.cuda.is_available():
