@@ -7,28 +7,20 @@ Models with Vocabulary Mismatch" (Tsiapali, Do, Knill; ICASSP 2026; arXiv:2603.2
     python dskd_ga.py --div skl --ga                         # the paper's best row, on one GPU
     torchrun --nproc_per_node=4 dskd_ga.py --div skl --ga    # the same run on four GPUs
     python dskd_ga.py --method sft                           # plain fine-tuning, without a teacher
-    python dskd_ga.py --eval-only runs/cma-ga-skl-10/best    # evaluation of any checkpoint
+    python dskd_ga.py --eval-only MODEL --name mine          # evaluation of any checkpoint
 
-The way of the data: text row -> two tokenisations of the same text -> the teacher reads each row once and its
-last hidden states are kept -> padded batch, a `Side` for each model -> the student's trunk -> only response
-positions -> one function of tensors for every term of eqs. (1)-(9), another for (14) -> one backward pass.
-Tensors as wide as a vocabulary exist only at response positions, and only for a slice of them at a time.
-
-Contents: 1 arguments, 2 data, 3 models, 4-7 the paper, 8 training, 9 evaluation, 10 main.
-ROUGE-L, the paper's metric, sees only a-z and 0-9: it says nothing about responses in other scripts.
+The method, which needs nothing but torch: 1 batches, 2 divergences, 3 attention, 4 adversary, 5 objective.
+What runs it: 6 models, 7 data, 8 training, 9 evaluation, 10 command line.
 
 Departures from the paper, each marked NOT IN PAPER where it happens
   1. KD^{t->s} counts only where argmax q^{t->s} is gold, as in the authors' code; --all-positions: always.
   2. KD^{s->t} is forward KL whatever --div is, as in the authors' code; --s2t-div changes it.
-  3. Eq. (8) prints f(p^s || q^{t->s}). As in the authors' code, f's first argument is the distribution that
-     is learnt from: kl is KL(q^{t->s} || p^s) and KL(p^t || q^{s->t}).
+  3. Eq. (8) prints f(p^s || q^{t->s}). As in the authors' code, what is learnt from is f's first argument.
   4. N_std is over each sequence's own real positions: a loss depends on neither padding nor batch.
-  5. D is trained, as eq. (14) says, and L_KQ takes means over the step's real positions. In the authors' code
-     D keeps its random start, and the means are over padding too.
+  5. D is trained, as eq. (14) says; L_KQ has means over real positions. The authors' D stays at random.
   6. A step's rows are sorted by length into micro-batches; an epoch's last, incomplete step is left out.
   7. Prompts get the special tokens that their tokenizer puts in front. Evaluation keeps the end of long ones.
-  8. --normalise-queries gives queries the N_std that eq. (2) gives keys; off by default.
-  9. Texts are brought to Unicode's composed form (NFC), so that both tokenizers read the same characters.
+  8. Texts are brought to Unicode's composed form (NFC), so that both tokenizers read the same characters.
 
 Glossary: B sequences; S and T student and teacher response positions; V_s and V_t vocabularies
   paper               code           shape                     equation
@@ -44,8 +36,10 @@ Glossary: B sequences; S and T student and teacher response positions; V_s and V
   p^t, q^{s->t}       z_t, z_s2t     (N, V_t)                  (7)
   D                   Discriminator  2 d_t -> logit            (14)
 """
-import argparse, collections, contextlib, datetime, functools, hashlib, json, math, os, pathlib
-import resource, shutil, sys, time, unicodedata
+import argparse, datetime, fcntl, hashlib, json, math, os, re, shutil, sys, time, unicodedata
+from collections import Counter, defaultdict
+from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -56,20 +50,826 @@ from rouge_score import rouge_scorer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
-# 1. Arguments: the defaults are the paper's setting =========================================================
-DIVERGENCES = ("kl", "rkl", "jsd", "skl", "srkl", "akl")
+# 1. Batches =================================================================================================
+class Side(NamedTuple):
+    """A padded batch for one model: B sequences, up to n response positions, N of them real."""
+    inputs: Tensor         # (B, n) the token that is read at a position
+    targets: Tensor        # (B, n) the next token, which is predicted there
+    mask: Tensor           # (B, n) bool, True on real positions
+    ids: Tensor = None     # (B, L) what the trunk reads
+    pos: Tensor = None     # (B, n) where in ids the response positions are
+    hidden: Tensor = None  # (B, n, d) last hidden states there, of a model that has read its rows before
+    chunk: Tensor = None   # (B, n) the numbers of a method's `annotate`; negative for none
+
+def full_precision(x):  # half precision to float32; float64, as in tests, stays
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+def at_real(x, side):  # (B, n, ...) -> (N, ...), the real positions
+    return x[side.mask]
+
+def zero_padding(x, mask):  # (B, n, d), (B, n) -> (B, n, d), 0 on padding whatever was there, nan included
+    return x.masked_fill(~mask.unsqueeze(2), 0)
+
+def embed(E, side):  # E: a table (V, d), or a module -> embeddings of inputs and targets, (B, n, d) each
+    look_up = E.__getitem__ if torch.is_tensor(E) else E
+    with torch.no_grad():  # constants; ids under padding may be anything: they become valid ones
+        return look_up(side.inputs.where(side.mask, 0)), look_up(side.targets.where(side.mask, 0))
+
+# 2. Divergences f(p || q): q learns from p ==================================================================
+DIVERGENCES = ("kl", "rkl", "jsd", "skl", "srkl", "akl")  # skl, srkl: DistiLLM; akl: Wu et al. 2025
+
+def kl(log_a, log_b):  # (..., V), (..., V) -> (...): KL(a || b)
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+def log_mix(weight, log_a, log_b):  # log(weight a + (1 - weight) b)
+    return torch.logaddexp(log_a + math.log(weight + 1e-30), log_b + math.log(1 - weight + 1e-30))
+
+@torch.no_grad()
+def head_share(log_p, log_q, head_mass):  # (..., V), (..., V) -> (...)
+    """akl's g_head / (g_head + g_tail): |p - q| over p's likeliest tokens up to head_mass, and over all."""
+    p, order = log_p.exp().sort(-1, descending=True)
+    q = log_q.exp().gather(-1, order)
+    gap = (p - q).abs()
+    in_head = (p.cumsum(-1) - p) < head_mass
+    return (gap * in_head).sum(-1) / gap.sum(-1).clamp(min=1e-30)
+
+def divergence(name, p, q, temperature=2.0, skew=0.1, head_mass=0.5):
+    """f(p || q) of eq. (8): logits (..., V), (..., V) of what is learnt from and what learns -> (...).
+    name: one of DIVERGENCES (else ValueError), or a function of (log p, log q). skew: a of skl, srkl."""
+    # no factor tau^2; a finite floor, since 0 * (-inf - -inf) would be nan
+    log_p = (full_precision(p).clamp(min=-1e30) / temperature).log_softmax(-1)
+    log_q = (full_precision(q).clamp(min=-1e30) / temperature).log_softmax(-1)
+    if callable(name):
+        return name(log_p, log_q)
+    if name == "kl":
+        return kl(log_p, log_q)
+    if name == "rkl":
+        return kl(log_q, log_p)
+    if name == "skl":
+        return kl(log_p, log_mix(skew, log_p, log_q))
+    if name == "srkl":
+        return kl(log_q, log_mix(skew, log_q, log_p))
+    if name == "jsd":
+        log_m = log_mix(0.5, log_p, log_q)
+        return (kl(log_p, log_m) + kl(log_q, log_m)) / 2
+    if name == "akl":
+        share = head_share(log_p, log_q, head_mass)
+        return share * kl(log_p, log_q) + (1 - share) * kl(log_q, log_p)
+    raise ValueError(f"divergence {name!r} is none of {DIVERGENCES}")
+
+# 3. Cross-model attention (CMA) =============================================================================
+class Projectors(nn.Module):  # the linear maps between a student of width d_s and a teacher of width d_t
+    def __init__(self, d_s, d_t):
+        super().__init__()
+        self.query = nn.Linear(2 * d_s, 2 * d_t)  # P_Q of eq. (1)
+        self.t2s = nn.Linear(d_t, d_s)            # P^{t->s} of eq. (5)
+        self.s2t = nn.Linear(d_s, d_t)            # P^{s->t} of eq. (4)
+
+def std_normalise(x, mask):
+    """N_std of eqs. (2), (5), x over its standard deviation: (B, n, d), (B, n) -> (B, n, d), 0 on padding."""
+    x = zero_padding(full_precision(x), mask)  # NOT IN PAPER: each sequence's own positions (departure 4)
+    count = mask.sum(1) * x.shape[2]  # (B,): entries at real positions
+    mean = x.sum((1, 2)) / count.clamp(min=1)
+    centred = zero_padding(x - mean[:, None, None], mask)
+    variance = centred.square().sum((1, 2)) / (count - 1).clamp(min=1)
+    return x / variance.clamp(min=1e-12).sqrt()[:, None, None]
+
+def cross_model_attention(q, k, allowed):  # (B, S, w), (B, T, w), (B, S, T) bool: which pairs may meet
+    """-> A^{t->s} (B, S, T), A^{s->t} (B, T, S) of eq. (3). Rows sum to 1, or to 0 with nothing allowed."""
+    q = zero_padding(full_precision(q), allowed.any(2))
+    k = zero_padding(full_precision(k), allowed.any(1))
+    with torch.autocast(q.device.type, enabled=False):  # bf16 is too coarse for scores in the hundreds
+        scores = q @ k.mT / math.sqrt(q.shape[2])
+    scores = scores.masked_fill(~allowed, -1e30)
+    a_t2s = scores.softmax(-1) * allowed                                                      # (3)
+    a_s2t = scores.mT.softmax(-1) * allowed.mT                                                # (3)
+    return a_t2s, a_s2t
+
+# 4. Key-query matching: the generative adversary (GA) =======================================================
+class Discriminator(nn.Module):
+    """D of eq. (14), (..., width) -> (...): a logit per vector, high for "a query". Highway layer and MLP."""
+    def __init__(self, width, hidden=768, dropout=0.1):
+        super().__init__()
+        self.highway = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(width, hidden), nn.LeakyReLU(0.1), nn.Linear(hidden, 1))
+
+    def forward(self, x):
+        z = self.highway(x)
+        gate = z.sigmoid()
+        mixed = gate * z.relu() + (1 - gate) * x
+        return full_precision(self.mlp(mixed).squeeze(-1))
+
+def reverse(x):  # x itself, but the gradient that goes back through it has the other sign
+    return 2 * x.detach() - x
+
+def ga_loss(disc, q, k, s_mask, t_mask,  # D; (B, S, w), (B, T, w); (B, S), (B, T): True on real positions
+            n_s=None, n_t=None):         # divisors of the sums over these; None: their counts
+    """-(14), L_KQ as a cross-entropy, D(q) -> 1 and D(k) -> 0; and what to log, detached. One backward pass
+    serves both players: D descends this loss; P_Q, behind `reverse`, ascends it. Keys are constants."""
+    n_s = s_mask.sum() if n_s is None else n_s
+    n_t = t_mask.sum() if n_t is None else n_t
+    z_q = disc(reverse(q[s_mask]))  # (N,), of the real ones
+    z_k = disc(k[t_mask].detach())
+    # NOT IN PAPER: means over real positions (departure 5)
+    loss_q = F.softplus(-z_q).sum() / n_s  # mean of -log D(q)                                  (14)
+    loss_k = F.softplus(z_k).sum() / n_t   # mean of -log(1 - D(k))                             (14)
+    D_q = z_q.detach().sigmoid()
+    D_k = z_k.detach().sigmoid()
+    terms = dict(D_q=D_q.sum() / n_s, accuracy_q=(D_q > 0.5).sum() / n_s,
+                 D_k=D_k.sum() / n_t, accuracy_k=(D_k <= 0.5).sum() / n_t)
+    return loss_q + loss_k, terms
+
+# 5. Objective ===============================================================================================
+class SlicedLoss(torch.autograd.Function):  # see `sliced_loss`
+    @staticmethod
+    def forward(ctx, fn, rows, max_logits, *tensors):  # tensors: h_1, ..., h_J, W_1, ..., W_J
+        J = len(tensors) // 2
+        # copies, at which a slice's backward pass ends
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
+        hidden, heads = leaves[:J], leaves[J:]
+        size, totals = max(1, max_logits // max(map(len, heads))), 0
+        for start in range(0, len(hidden[0]) or 1, size):
+            part = slice(start, start + size)
+            with torch.enable_grad():
+                logits = [full_precision(F.linear(h[part], W)) for h, W in zip(hidden, heads)]
+                sums = fn(*logits, *[row[part] for row in rows])
+            if sums[0].requires_grad:
+                sums[0].backward()
+            totals = totals + torch.stack([value.detach().double() for value in sums])
+            del logits, sums  # before the next ones are made
+        ctx.grads = [leaf.grad for leaf in leaves]
+        loss, *terms = totals.unbind()
+        ctx.mark_non_differentiable(*terms)
+        return loss, *terms
+
+    @staticmethod
+    def backward(ctx, slope, *_):
+        return None, None, None, *[grad if grad is None else grad * slope for grad in ctx.grads]
+
+def sliced_loss(fn, sides, rows=(), max_logits=2 ** 24):
+    """(loss, *terms), sums over N positions, with the logits of only a slice of these at a time: a fused
+    linear loss, in torch. The gradient is formed while a slice's logits exist, so that no head product comes
+    twice; the backward pass only scales it. fn: (logits_1, ..., logits_J, *rows) -> (loss, *terms), sums over
+    its positions. sides: J pairs of hidden states (N, d_j) and heads (V_j, d_j). rows: (N, ...)."""
+    hidden, heads = zip(*sides)
+    return SlicedLoss.apply(fn, rows, max_logits, *hidden, *heads)
+
+def vocabulary_losses(
+        h_s, h_t2s, W_s,   # (N_s, d_s) twice, (V_s, d_s): states of p^s and q^{t->s} at N_s positions
+        h_t, h_s2t, W_t,   # (N_t, d_t) twice, (V_t, d_t): states of p^t and q^{s->t} at N_t positions
+        target,            # (N_s,): gold ids
+        s_aligned, t_aligned, *,  # (N_s,), (N_t,) bool: False where a position attends to nothing
+        div, s2t_div, temperature, skew, all_positions, weights):
+    """Eqs. (7)-(9), as a dict of sums over positions: `loss`, which has a gradient, and its terms."""
+    w_ce, w_ce_t2s, w_kd_t2s, w_kd_s2t = weights
+
+    def student_space(z_s, z_t2s, target, aligned):  # logits (n, V_s)
+        fixed_t2s = z_t2s.detach()  # q^{t->s} is constant inside KD^{t->s}: CE^{t->s} alone trains P^{t->s}
+        correct = (fixed_t2s.argmax(-1) == target) & aligned
+        counted = aligned if all_positions else correct  # NOT IN PAPER: correct positions only (departure 1)
+        ce = F.cross_entropy(z_s, target, reduction="sum")
+        ce_t2s = (F.cross_entropy(z_t2s, target, reduction="none") * aligned).sum()
+        # NOT IN PAPER: what is learnt from is f's first argument (departure 3)
+        kd_t2s = (divergence(div, fixed_t2s, z_s, temperature, skew) * counted).sum()         # (8)
+        loss = w_ce * ce + w_ce_t2s * ce_t2s + w_kd_t2s * kd_t2s                              # (9)
+        return loss, ce, ce_t2s, kd_t2s, correct.sum()
+
+    def teacher_space(z_t, z_s2t, aligned):  # logits (n, V_t)
+        # NOT IN PAPER: its own f (departure 2)
+        kd_s2t = (divergence(s2t_div, z_t, z_s2t, temperature, skew) * aligned).sum()         # (8)
+        return w_kd_s2t * kd_s2t, kd_s2t                                                      # (9)
+
+    # W^s learns through p^s alone, from CE and KD^{t->s}; the teacher is constant                # (7)
+    W_t = W_t.detach()
+    loss_s, ce, ce_t2s, kd_t2s, n_correct = sliced_loss(
+        student_space, [(h_s, W_s), (h_t2s, W_s.detach())], [target, s_aligned])
+    loss_t, kd_s2t = sliced_loss(teacher_space, [(h_t.detach(), W_t), (h_s2t, W_t)], [t_aligned])
+    return dict(loss=loss_s + loss_t, ce=ce, ce_t2s=ce_t2s, kd_t2s=kd_t2s, kd_s2t=kd_s2t, n_correct=n_correct)
+
+def dual_space_losses(
+        proj, s, t,   # `Projectors(d_s, d_t)`; the `Side`s of student and teacher
+        h_s, h_t,     # (B, S, d_s), (B, T, d_t): last hidden states at the response positions
+        E_s, E_t,     # embeddings: a table (V, d) or a module
+        W_s, W_t, *,  # (V_s, d_s), (V_t, d_t): prediction heads
+        align=None,   # (q, k, s, t) -> (a_t2s, a_s2t); None: eq. (3)
+        div="skl", s2t_div="kl", temperature=2.0, skew=0.1, all_positions=False,
+        weights=(0.5, 0.5, 0.5, 0.5)):  # of CE, CE^{t->s}, KD^{t->s}, KD^{s->t}
+    """Eqs. (1)-(9) for a batch, as a dict. `loss`, eq. (9) summed over positions, and `q` have a gradient.
+    The sums `ce`, `ce_t2s`, `kd_t2s`, `kd_s2t`, `n_correct` have none, nor have `k`, `a_t2s`, `a_s2t`,
+    `h_t2s`, `h_s2t`."""
+    # queries, keys, attention
+    h_s, h_t = zero_padding(h_s, s.mask), zero_padding(h_t.detach(), t.mask)
+    e_s = torch.cat(embed(E_s, s), -1)  # (B, S, 2 d_s): of the tokens that a position reads and predicts
+    e_t_input, e_t_target = embed(E_t, t)
+    q = zero_padding(proj.query(e_s), s.mask)                                                 # (1)
+    k = std_normalise(torch.cat([e_t_input, e_t_target], -1), t.mask)                         # (2)
+    if align is None:
+        a_t2s, a_s2t = cross_model_attention(q, k, s.mask.unsqueeze(2) & t.mask.unsqueeze(1))  # (3)
+    else:
+        a_t2s, a_s2t = align(q, k, s, t)
+
+    # each model's states in the other's space
+    v_s2t = proj.s2t(h_s)                                                                     # (4)
+    v_t2s = proj.t2s(std_normalise(h_t, t.mask) + std_normalise(e_t_target, t.mask))          # (5)
+    h_t2s, h_s2t = a_t2s @ v_t2s, a_s2t @ v_s2t                                               # (6)
+
+    # only real positions meet the vocabularies
+    losses = vocabulary_losses(
+        h_s[s.mask], h_t2s[s.mask], W_s, h_t[t.mask], h_s2t[t.mask], W_t, s.targets[s.mask],
+        (a_t2s > 0).any(2)[s.mask], (a_s2t > 0).any(2)[t.mask], div=div, s2t_div=s2t_div,
+        temperature=temperature, skew=skew, all_positions=all_positions, weights=weights)
+    return losses | dict(q=q, k=k, a_t2s=a_t2s.detach(), a_s2t=a_s2t.detach(),
+                         h_t2s=h_t2s.detach(), h_s2t=h_s2t.detach())
+
+# 6. Models: trunk, head and embeddings of any causal language model =========================================
+class InputError(ValueError):  # bad settings, rows or models: `main` prints it in one line, with status 2
+    pass
+
+def check(ok, where, found, expected):  # where: a flag, a model, or a file, its line and field
+    if not ok:
+        raise InputError(f"{where}: found {str(found)[:300]}, expected {expected}")
+
+def world():  # (rank, number of processes)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def gather(x=None):  # what each process has, in a list; every one waits here for the last
+    found = [x] * world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(found, x)
+    return found
+
+def say(*words):  # on rank 0, without breaking a progress bar
+    if world()[0] == 0:
+        tqdm.write(" ".join(map(str, words)))
+
+def bar(items, name):  # disable=None: no bar where there is no terminal
+    return tqdm(items, desc=name, leave=False, disable=world()[0] > 0 or None)
+
+def batches(lengths, size, name, part=0, parts=1):
+    """Batches of row numbers, `size` at a time, of like length; process `part` of `parts` gets its share."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in bar(range(part * size, len(order), parts * size), name):
+        yield order[start:start + size]
+
+def precision(device):  # of matrix products and of the frozen teacher: bf16 on GPUs that have it
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float32
+
+def autocast(device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
+
+def head_of(model):  # W (V, d)
+    return model.get_output_embeddings().weight
+
+def trunk(model, ids):  # (B, L) -> (B, L, d): the last hidden states, after the final norm
+    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+def response_hidden(model, side):  # h, (B, n, d), at the response positions
+    # Padding is on the right and attention is causal: no real position sees padding, so no mask is needed.
+    return trunk(model, side.ids).take_along_dim(side.pos.unsqueeze(2), 1)
+
+POSITIONS = "max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "model_max_length"
+
+def decoding(ends, pad, temperature=1.0, **rules):  # ends: the ids that stop it
+    """All settings by which responses are generated. It replaces the model's own, so that nothing else in
+    its folder changes a score. temperature 0: the likeliest tokens."""
+    if temperature > 0:
+        rules |= dict(temperature=temperature, top_k=0, top_p=1.0)
+    return GenerationConfig(do_sample=temperature > 0, eos_token_id=ends, pad_token_id=pad, **rules)
+
+@torch.no_grad()
+def load_model(source, device, dtype=torch.float32):  # source: a folder or hub id
+    """A causal language model and its tokenizer. InputError says why, if one would fail or be wrong later."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        end = tokenizer.eos_token_id
+        usable = tokenizer.is_fast and len(tokenizer) > 1 and end is not None
+        check(usable, "tokenizer", tokenizer, "a fast one that has an end of text")
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        model = model.to(device).eval().requires_grad_(False)  # a vision tower, say, gets no gradient
+        model.get_decoder().requires_grad_(True)
+        head = model.get_output_embeddings().requires_grad_(True)
+        ends = {end, *np.ravel(model.generation_config.eos_token_id).tolist()} - {None}  # its own, too
+        # a trial of what all else relies on: equal up to 5 %, and no nan
+        ids = torch.tensor([[end, 1, 2] + 9 * [end]], device=device)
+        (hidden,), (longer,) = trunk(model, ids[:, 1:3]), trunk(model, ids[:, 1:])
+        model.generation_config = decoding(
+            [end], end, temperature=0, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        generated = model.generate(ids[:, :3], attention_mask=ids.new_tensor([[0, 1, 1]]))
+        model.generation_config = decoding(sorted(ends), end)  # as evaluated; saved with every checkpoint
+        logits = head.weight @ hidden[1]
+        causal = torch.dist(longer[:2], hidden) <= 0.05 * hidden.norm()
+        equal = torch.dist(generated.logits[0][0], logits) <= 0.05 * logits.norm()
+        wrong = dict(
+            missing_weights=info["missing_keys"], adapter=find_adapter_config_file(str(source)),
+            quantised_weights=hasattr(model, "hf_quantizer"), bias_of_head=head.bias is not None,
+            cap_of_logits=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
+            states_that_later_tokens_change=not causal, padded_logits_other_than_head_times_trunk=not equal)
+        wrong = {name: value for name, value in wrong.items() if value}
+        check(not wrong, "model", wrong, "none of these")
+        return model, tokenizer
+    except Exception as error:
+        raise InputError(f"{source}: {error!r}") from error
+
+def end_marks(model, tokenizer):  # the texts of the tokens that stop it, such as "</s>"
+    added = tokenizer.added_tokens_decoder
+    return [str(added[token]) for token in model.generation_config.eos_token_id if token in added]
+
+def check_readable(model, sequences, flags, more=0):  # lists of ids, `more` tokens after each; flags to lower
+    longest, highest = max(map(len, sequences), default=0) + more, max(map(max, sequences), default=0)
+    for name in POSITIONS:
+        limit = getattr(model.config.get_text_config(), name, None) or longest
+        check(longest <= limit, model.name_or_path, f"a row of {longest} tokens",
+              f"its {limit} positions: lower {flags}")
+    size = len(model.get_input_embeddings().weight)
+    check(highest < size, model.name_or_path, f"the token {highest}", f"its {size} embeddings")
+
+# 7. Data: text row -> two tokenisations of the same text -> padded batch ====================================
+class Row(NamedTuple):
+    prompt: str
+    references: list            # the responses that are right; training uses the first
+    teacher_prompt: str = None  # what the teacher reads in place of the prompt, if that is another
+
+class Example(NamedTuple):  # a row as one model reads it, with n response tokens
+    ids: list              # prompt, response, end of text; cut at the length limit
+    start: int             # where the response begins in ids
+    chunk: list = None     # n numbers, from a method's `annotate`
+    hidden: Tensor = None  # (n, d) last hidden states at the response positions, from `read_once`
+
+    @property
+    def length(self):  # n
+        return len(self.ids) - self.start
+
+class Pair(NamedTuple):  # a row as student and teacher read it; without a teacher (sft) t is None
+    s: Example
+    t: Example = None
+
+def fetch(source):  # a local path, or ORG/DATASET/FILE of the hub, which is downloaded once
+    if os.path.exists(source) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*/.+", source):
+        return source
+    org, dataset, file = source.split("/", 2)
+    try:
+        return hf_hub_download(f"{org}/{dataset}", file, repo_type="dataset")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: found no such file here, nor on the hub ({error})") from error
+
+def alpaca_prompt(instruction, context):  # with or without a further context
+    paired = ", paired with an input that provides further context" if context else ""
+    middle = f"### Input:\n{context}\n\n" if context else ""
+    return (f"Below is an instruction that describes a task{paired}. Write a response that appropriately "
+            f"completes the request.\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n")
+
+def clean(text, place, marks=()):  # a text in NFC, less the marks at its end and the white space around them
+    check(isinstance(text, str), place, repr(text), "a text")
+    text = unicodedata.normalize("NFC", text)  # NOT IN PAPER (departure 8)
+    while text.rstrip().endswith(tuple(marks)):
+        for mark in marks:
+            text = text.rstrip().removesuffix(mark).rstrip()
+    return text
+
+def read_rows(path, limit=None, marks=()):
+    """The `Row`s of a file of JSON lines: `prompt`, or `instruction` and maybe `input`; `output`, a text or a
+    list of texts, which lose the marks at their ends; maybe `teacher_prompt`. null and "" are as if absent; a
+    row without output is left out. InputError names line and field of a bad row."""
+    rows, unread = [], set()
+    lines = Path(path).read_bytes().rstrip().split(b"\n")[:limit]
+    for number, line in enumerate(lines, 1):
+        place = f"{path}, line {number}"
+        try:
+            row = dict(json.loads(line.decode("utf-8-sig")))
+            json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"{place}: found {error}, expected a JSON object") from error
+        row = {field: value for field, value in row.items() if value not in (None, "")}
+        take = lambda field, value=None: clean(row.pop(field, value), f"{place}, {field}")
+        output = row.pop("output", [])
+        output = output if isinstance(output, list) else [output]  # test sets have lists
+        texts = [clean(text, f"{place}, output", marks) for text in output if text is not None]
+        prompt = take("prompt") if "prompt" in row else alpaca_prompt(take("instruction"), take("input", ""))
+        teacher_prompt = take("teacher_prompt") if "teacher_prompt" in row else None
+        if any(map(str.strip, texts)):
+            rows.append(Row(prompt, list(filter(str.strip, texts)), teacher_prompt))
+        unread |= row.keys()
+    if unread or len(rows) < len(lines):
+        say(path, "- rows without output:", len(lines) - len(rows), "- fields not read:", *sorted(unread))
+    check(rows, path, "no row with an output", "at least one")
+    return rows
+
+def prompt_ids(tokenizer, prompts, limit=sys.maxsize):  # one over the limit keeps its end
+    # NOT IN PAPER: the special tokens that the tokenizer puts in front of a text, never twice (departure 7)
+    probe = tokenizer("a", return_special_tokens_mask=True)
+    lead = probe["input_ids"][:probe["special_tokens_mask"].index(0)]
+    result = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+    for n, ids in enumerate(result):
+        body = ids[len(lead):] if ids[:len(lead)] == lead else ids
+        body = body[max(0, len(lead) + len(body) - limit):]
+        result[n] = lead + body or [tokenizer.eos_token_id]  # there must be a position to predict from
+    return result
+
+def pairs(rows, tokenizers, max_prompt=256, max_length=512,  # the student's tokenizer and maybe the teacher's
+          annotate=None):  # (row, s, t, tokenizers) -> a list for s and one for t: a number a response token
+    """A `Pair` for each row with room for a response, if the student's prompt is within max_prompt tokens."""
+    prompts = [row.prompt for row in rows], [row.teacher_prompt or row.prompt for row in rows]
+    texts, columns = [row.references[0] for row in rows], []
+    for tokenizer, own_prompts in zip(tokenizers, prompts):
+        # special tokens that are spelt out in an answer are plain text
+        answers = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        columns.append([])
+        for prompt, answer in zip(prompt_ids(tokenizer, own_prompts), answers["input_ids"]):
+            ids = prompt + answer + [tokenizer.eos_token_id]
+            columns[-1].append(Example(ids[:max_length], len(prompt)))
+    kept = []
+    for row, *sides in zip(rows, *columns):
+        if sides[0].start <= max_prompt and all(side.length > 0 for side in sides):
+            numbers = annotate(row, *sides, tokenizers) if annotate else (None, None)
+            kept.append(Pair(*[side._replace(chunk=chunk) for side, chunk in zip(sides, numbers)]))
+    return kept
+
+def step_rows(data, batch_size, micro_batch, seed, step):  # step: 1, 2, ...
+    """The micro-batches, lists of `Pair`s, of an optimiser step, fixed by data, seed and step."""
+    # NOT IN PAPER: whole steps alone; rows of like length together, so that little is padded (departure 6)
+    epoch, number = divmod(step - 1, len(data) // batch_size)
+    order = np.random.default_rng((seed, epoch)).permutation(len(data))
+    rows = [data[row] for row in order[number * batch_size:][:batch_size]]
+    rows.sort(key=lambda pair: len(pair.s.ids))
+    return [rows[i:i + micro_batch] for i in range(0, batch_size, micro_batch)]
+
+def padded(sequences, value=0, side="right"):  # one tensor, as long as the longest; without sequences None
+    if sequences[0] is not None:
+        tensors = list(map(torch.as_tensor, sequences))
+        return nn.utils.rnn.pad_sequence(tensors, True, value, padding_side=side)
+
+def collate(examples, device):  # the examples as a `Side`
+    ids, starts, chunk, hidden = zip(*examples)
+    pos = padded([range(start - 1, len(x) - 1) for x, start in zip(ids, starts)], -1)  # before each token
+    mask, pos, ids = pos >= 0, pos.clamp(min=0), padded(ids)
+    side = Side(inputs=ids.gather(1, pos), targets=ids.gather(1, pos + 1), mask=mask,
+                ids=ids[:, :-1], pos=pos, hidden=padded(hidden), chunk=padded(chunk, -1))
+    return Side(*[x if x is None else x.to(device) for x in side])
+
+# 8. Training ================================================================================================
+class Distiller(nn.Module):
+    """What is trained: the student and, with a teacher, projectors and discriminator. A subclass is another
+    method: it overrides annotate, align, distil or match, or names other projectors (or None)."""
+    projectors, adversary = Projectors, Discriminator
+    annotate = align = None  # or methods: see `pairs` and `dual_space_losses`
+    progress = 0.0           # the share of the training that is done, for schedules
+
+    def __init__(self, student, teacher, args):
+        super().__init__()
+        self.student, self.args = student, args
+        self.teacher = teacher  # a Namespace of model, embeddings, head, no module: not trained; or None
+        self.proj = self.disc = None
+        if teacher is not None and self.projectors is not None:
+            d_s, d_t = head_of(student).shape[1], teacher.head.shape[1]
+            self.proj = self.projectors(d_s, d_t)
+            self.disc = self.adversary(2 * d_t) if args.ga else None
+        check(self.proj or not args.ga, "--ga", args.method, "a method with queries and keys")
+
+    def distil(self, s, t, h_s, h_t, **options):  # options: of `dual_space_losses`, over the command line's
+        """A dict: `loss`, a sum over the batch's positions, detached sums for the log, what `match` needs."""
+        names = "div", "s2t_div", "temperature", "skew", "all_positions", "weights"
+        options = {name: getattr(self.args, name) for name in names} | options
+        return dual_space_losses(
+            self.proj, s, t, h_s, h_t, self.student.get_input_embeddings(), self.teacher.embeddings,
+            head_of(self.student), self.teacher.head, align=self.align, **options)
+
+    def match(self, q, k, s, t, n_s, n_t):  # with --ga: L_KQ, and what to log of it
+        return ga_loss(self.disc, q, k, s.mask, t.mask, n_s, n_t)
+
+    def forward(self, s, t, n_s, n_t):
+        """A micro-batch's share of eq. (16) and of the log's means. n_s, n_t: response tokens of the step."""
+        h_s = response_hidden(self.student, s)
+        if t is None:  # sft: the loss is its only term
+            ce = lambda z, target: 2 * [F.cross_entropy(z, target, reduction="sum")]
+            loss, ce = sliced_loss(ce, [(at_real(h_s, s), head_of(self.student))], [at_real(s.targets, s)])
+            out = dict(loss=loss, ce=ce)
+        else:
+            out = self.distil(s, t, h_s, t.hidden)
+        # n_s is the one divisor, also of KD^{s->t}'s sum over the teacher's positions
+        terms = {name: x / n_s for name, x in out.items() if x.ndim == 0}
+        loss = terms.pop("loss")
+        if self.args.ga:
+            kq, kq_terms = self.match(out["q"], out["k"], s, t, n_s, n_t)
+            loss = loss + self.args.kq_weight * kq                                            # (16)
+            terms |= kq_terms
+        return loss, terms
+
+LOG_EVERY = 10  # steps whose means are one line of the log
+# settings that a run may go on without: rows and models count by their contents, not by their names, and the
+# others change rounding, dropout masks and the draw of samples at most
+NO_IDENTITY = """out name eval_only student teacher teacher_ready teacher_epochs teacher_lr data micro_batch
+    recompute save_every tests eval_seeds eval_limit eval_batch eval_temperature no_repeat_ngram""".split()
+
+def seed_torch(*numbers):  # by what is computed next: a restart draws the same numbers
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+def replace(path, save):  # save(fresh) writes a file or folder, on rank 0; whole, it takes the path's place
+    if world()[0] == 0:
+        fresh = path.with_name(path.name + ".tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save(fresh)
+        except Exception as error:  # torch and safetensors wrap the disk's error: show it
+            raise OSError(f"{fresh} cannot be written ({error.__context__ or error})") from error
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(fresh, path)
+
+def write_json(path, **content):
+    replace(path, lambda fresh: fresh.write_text(json.dumps(content, indent=1)))
+
+def write_state(path, state):
+    def save(fresh):
+        with open(fresh, "wb") as file:  # whose errors say what is wrong with the disk
+            torch.save(state, file)
+
+    replace(path, save)
+
+def save_best(model, tokenizer, folder):  # for transformers' `from_pretrained`; and the projectors
+    model.student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if model.proj is not None:
+        torch.save(model.proj.state_dict(), folder / "projectors.pt")
+
+def lock(folder):
+    """Makes the folder. Until the file that it returns is closed, another command waits here. InputError, in
+    every process: the processes do not share the folder."""
+    path, file = folder / "lock", None
+    if world()[0] == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waits for another command that works in", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        path.write_text(os.urandom(8).hex())  # which is known only to those who see this very file
+    gather()
+    seen = gather(path.exists() and path.read_text())
+    check(len(set(seen)) == 1, folder, "another folder on another node", "one that all processes share")
+    return file or open(path)
+
+def fingerprint(content, model=None):  # digits that are equal if contents, and a model's weights, are
+    digest = hashlib.sha256(json.dumps(content, default=str).encode())
+    for tensor in model.state_dict().values() if model else ():
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+def model_fingerprint(model):
+    return fingerprint(model.config.to_dict() | dict(_name_or_path=None, transformers_version=None), model)
+
+def recall(folder, identity):  # identity: a dict
+    """The folder's state.pt, which alone says what the folder is and where its run is; a new folder gets
+    one. InputError: it cannot be read, or is of another identity."""
+    path = folder / "state.pt"
+    if not path.exists():
+        check(not (folder / "best").exists(), folder, "best/ without state.pt", "both or none")
+        state = dict(identity=identity, step=0, best_score=-1.0, log=[], model=None, optimizer=None)
+        write_state(path, state)
+        return state
+    try:  # mmap: the processes of a node share the file's pages
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        known = state["identity"]
+        changed = [name for name in sorted(known | identity) if known.get(name) != identity.get(name)]
+    except Exception as error:
+        raise InputError(f"{path} cannot be read ({error!r}): remove its folder to start anew") from error
+    check(not changed, path, f"other {changed}", "this run's; remove it or give another --out or --name")
+    return state
+
+def optimizer_for(model, args):  # AdamW; biases and norms are not decayed
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():  # a tied weight comes once
+        if parameter.requires_grad:
+            peak = args.lr if name.startswith("student.") else args.lr_projectors
+            groups[peak, 1e-2 if parameter.ndim > 1 else 0.0].append(parameter)
+    settings = [dict(params=x, peak=peak, weight_decay=decay) for (peak, decay), x in groups.items()]
+    return torch.optim.AdamW(settings, fused=True)
+
+@torch.no_grad()
+def read_once(teacher, data, folder, device):
+    """The `Pair`s with h^t at their response positions, read by teacher.model, which is then freed. A node's
+    processes share the reading, and a memory-mapped file that holds the states."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    lengths, head = [pair.t.length for pair in data], teacher.head
+    path, size = folder / f"states-{world()[0] - local_rank}.tmp", sum(lengths) * head.shape[1]  # one a node
+    with open(path, "ab") as file:
+        os.posix_fallocate(file.fileno(), 0, size * head.itemsize)  # a disk that is too small says so here
+    states = torch.from_file(str(path), shared=True, size=size, dtype=head.dtype)
+    say("the teacher's states take", states.nbytes / 1e9, "GB of memory or disk on each node")
+    gather()
+    path.unlink(missing_ok=True)  # all have it open: nothing is left of it, however the run ends
+    states = states.view(-1, head.shape[1]).split(lengths)
+    # batches are decided by the rows alone: a restart gets the same numbers
+    sizes = [len(pair.t.ids) for pair in data]
+    for rows in batches(sizes, 16, "the teacher reads the rows", local_rank, processes):
+        with autocast(device):
+            hidden = response_hidden(teacher.model, collate([data[row].t for row in rows], device))
+        check(hidden.isfinite().all(), "the teacher's states", "one that is not finite", "numbers")
+        for row, h in zip(rows, hidden):
+            states[row].copy_(h[:lengths[row]])  # without the batch's padding
+    gather()
+    teacher.model = None
+    return [Pair(s, t._replace(hidden=h)) for (s, t), h in zip(data, states)]
+
+def gradient(model, micro_batches, step, args, device):  # lists of `Pair`s, of all processes
+    """Leaves a step's gradient in the parameters; returns this process's share of the log's means."""
+    rank, processes = world()
+    rows = sum(micro_batches, [])  # all: the cut into micro-batches and processes changes at most dropout
+    n_s = sum(pair.s.length for pair in rows)
+    n_t = sum(pair.t.length for pair in rows if pair.t)
+    shares = Counter()
+    for m in range(rank, len(micro_batches), processes):
+        s, t = [collate(side, device) if side[0] else None for side in zip(*micro_batches[m])]
+        seed_torch(args.seed, step, m)
+        # processes exchange gradients once a step, in the backward pass of their last micro-batch
+        postponed = processes > 1 and m + processes < len(micro_batches)
+        with model.no_sync() if postponed else nullcontext():
+            with autocast(device):
+                loss, terms = model(s, t, n_s, n_t)
+            (loss * processes).backward()  # DistributedDataParallel takes the mean over processes
+        shares.update(terms, loss=loss.detach(), tokens=s.mask.sum())  # Counter.update adds
+    return shares
+
+def set_up(args, rows, loaded, distiller):
+    """What is trained, its `Pair`s, the run's identity. InputError: rows cannot be read, or are too few."""
+    # 1. models
+    models, tokenizers = zip(*loaded)
+    student, teacher = models[0], None
+    if len(models) > 1:
+        model = models[1].requires_grad_(False)
+        teacher = argparse.Namespace(model=model, embeddings=model.get_input_embeddings(), head=head_of(model))
+    seed_torch(args.seed)
+    model = distiller(student, teacher, args).to(student.device)
+    if args.recompute:
+        student.activation_checkpointing_enable()
+    # 2. rows
+    prompts_of(student, tokenizers[0], rows[:args.dev_rows], args)  # raises what `respond` would, but now
+    data = pairs(rows[args.dev_rows:], tokenizers, args.max_prompt, args.max_length, model.annotate)
+    say(len(data), "rows to train on,", len(rows) - args.dev_rows - len(data), "are too long")
+    check(len(data) >= args.batch_size, "rows to train on", len(data), f"a batch, {args.batch_size}")
+    # 3. identity: a run goes on only with equal rows, tokens, weights and settings
+    identity = {name: value for name, value in vars(args).items() if name not in NO_IDENTITY}
+    identity["rows"] = fingerprint([rows, data])
+    for name, reader, examples in zip(("student weights", "teacher weights"), models, zip(*data)):
+        check_readable(reader, [example.ids for example in examples], "--max-length")
+        identity[name] = model_fingerprint(reader)
+    return model, data, identity
+
+def train(args, rows, folder, loaded, distiller=Distiller):
+    """Trains in the folder, from its state.pt on; returns the folder of the best checkpoint. rows: `Row`s,
+    the first --dev-rows to choose it by; loaded: student, tokenizer and, but for sft, the teacher's pair."""
+    # 1. what is trained, and from where on
+    model, data, identity = set_up(args, rows, loaded, distiller)
+    del loaded[1:]  # so that `read_once` can free the teacher's model
+    (student, tokenizer), processes = loaded[0], world()[1]
+    optimizer, state = optimizer_for(model, args), recall(folder, identity)
+    if state["step"]:
+        model.load_state_dict(state["model"])
+    if state["optimizer"]:
+        optimizer.load_state_dict(state["optimizer"])
+    steps_per_epoch = len(data) // args.batch_size
+    total_steps = max(1, round(args.epochs * steps_per_epoch))
+    micro_batch = min(args.micro_batch, args.batch_size // processes)  # each process gets one
+    check(micro_batch > 0, "--batch-size", args.batch_size, f"a row for each of {processes} processes")
+    say(folder, "- steps:", total_steps, "done:", state["step"], "rows at a time:", micro_batch,
+        "parameters:", sum(x.numel() for x in model.parameters() if x.requires_grad))
+
+    def log(*lines):  # args.json and log.jsonl are for people: state.pt has what they say
+        state["log"] += lines
+        text = "\n".join(map(json.dumps, state["log"]))
+        replace(folder / "log.jsonl", lambda fresh: fresh.write_text(text))
+
+    log()
+    write_json(folder / "args.json", identity=identity, command=sys.argv, args=vars(args))
+
+    # 2. the teacher reads each row once; from then on only its embeddings and head are needed
+    if model.teacher and state["step"] < total_steps:
+        data = read_once(model.teacher, data, folder, student.device)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes > 1 else model
+    if student.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    # 3. steps
+    shares, last, since = Counter(), state["step"], time.perf_counter()  # since the last line of the log
+    for step in bar(range(last + 1, total_steps + 1), folder.name):
+        model.train()
+        model.progress = (step - 1) / total_steps
+        for group in optimizer.param_groups:
+            cosine = (1 + math.cos(math.pi * model.progress)) / 2
+            group["lr"] = 1e-7 + (group["peak"] - 1e-7) * cosine
+        micro_batches = step_rows(data, args.batch_size, micro_batch, args.seed, step)
+        shares.update(gradient(parallel, micro_batches, step, args, student.device))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)  # DistributedDataParallel's buckets hold them
+
+        # means since the last line; with a number that is not finite the run ends, and saves nothing
+        epoch_ends = step % steps_per_epoch == 0 or step == total_steps
+        saves = epoch_ends or step % args.save_every == 0
+        if saves or step % LOG_EVERY == 0:
+            sums = np.sum(gather(torch.stack([*shares.values()]).tolist()), 0)
+            line = dict(zip(shares, (sums / (step - last)).tolist()), step=step, grad_norm=norm.item())
+            broken = [name for name, value in line.items() if not math.isfinite(value)]
+            check(not broken, f"step {step}", broken, "finite numbers; what was saved last is whole")
+            say(*[f"{name} {value:.3g}" for name, value in line.items()])
+            seconds = time.perf_counter() - since
+            rate = optimizer.param_groups[0]["lr"]  # the student's
+            line |= dict(lr=rate, tokens_per_s=line["tokens"] * (step - last) / seconds)
+            if student.device.type == "cuda":
+                line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            log(line)
+            shares, last, since = Counter(), step, time.perf_counter()
+
+        # keep the student with the best ROUGE-L on the dev rows, the later of equals
+        if epoch_ends:
+            seeds = range(args.seed, args.seed + args.dev_samplings)
+            scores = [respond(student, tokenizer, rows[:args.dev_rows], seed, args)[1] for seed in seeds]
+            score = float(np.mean(scores))
+            say("dev ROUGE-L", score)
+            log(dict(step=step, dev_rougeL=score))
+            if score >= state["best_score"] or not (folder / "best").exists():
+                state["best_score"] = score
+                replace(folder / "best", lambda fresh: save_best(model, tokenizer, fresh))
+
+        # save what the next step depends on; after the last one, no optimiser
+        if saves:
+            moments = optimizer.state_dict() if step < total_steps else None
+            state |= dict(step=step, model=model.state_dict(), optimizer=moments)
+            write_state(folder / "state.pt", state)
+            since = time.perf_counter()
+    gather()  # the first process may still be writing
+    return folder / "best"
+
+# 9. Evaluation: sampling, ROUGE-L ===========================================================================
+def rouge_l(predictions, references):
+    """Each row's ROUGE-L F1 with Porter's stemmer, in percent, of the best of its references."""
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    return [100 * scorer.score_multi(texts, prediction)["rougeL"].fmeasure
+            for prediction, texts in zip(predictions, references, strict=True)]
+
+def prompts_of(model, tokenizer, rows, args):  # as ids; InputError: no room for prompt and response
+    # NOT IN PAPER: a long prompt keeps its end (departure 7)
+    prompts = prompt_ids(tokenizer, [row.prompt for row in rows], args.max_prompt)
+    check_readable(model, prompts, "--max-prompt or --max-new-tokens", args.max_new_tokens)
+    return prompts
+
+@torch.no_grad()
+def respond(model, tokenizer, rows, seed, args):
+    """A response to each row, and its ROUGE-L. Batches and seeds do not depend on the processes."""
+    model.eval()
+    prompts, end, found = prompts_of(model, tokenizer, rows, args), tokenizer.eos_token_id, []
+    for batch in batches([len(ids) for ids in prompts], args.eval_batch, "responses", *world()):
+        asked = padded([prompts[row] for row in batch], -1, "left").to(model.device)
+        seed_torch(seed, batch[0])
+        with autocast(model.device):  # the rest is in the generation_config, see `decoding`
+            whole = model.generate(asked.where(asked >= 0, end), attention_mask=(asked >= 0).long(),
+                                   max_new_tokens=args.max_new_tokens)
+        new = whole[:, asked.shape[1]:]
+        for stop in model.generation_config.eos_token_id:  # which is no text
+            new = new.where(new != stop, end)
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        found += zip(batch, texts, rouge_l(texts, [rows[row].references for row in batch]))
+    _, texts, scores = zip(*sorted(sum(gather(found), [])))  # in the order of rows
+    say("for example:", rows[0].prompt[-300:], texts[0])
+    return texts, scores
+
+def evaluate(args, source, model, tokenizer, tests, folder):
+    """Samples and scores each test set once a seed; writes predictions/ and eval.json into the folder."""
+    seeds = args.eval_seeds if args.eval_temperature else args.eval_seeds[:1]  # else all are alike
+    model.generation_config = decoding(model.generation_config.eos_token_id, tokenizer.eos_token_id,
+                                       args.eval_temperature, no_repeat_ngram_size=args.no_repeat_ngram)
+    if world()[0] == 0:
+        (folder / "eval.json").unlink(missing_ok=True)  # it is of predictions that are replaced now
+    means = {name: [] for name in tests}  # of each set, one a seed
+    for name, rows in tests.items():
+        for seed in seeds:
+            texts, scores = respond(model, tokenizer, rows, seed, args)
+            means[name].append(float(np.mean(scores)))
+            write_json(folder / f"predictions/{name}-{seed}.json", rows=rows, texts=texts, rougeL=scores)
+    sets = list(means.values())
+    if len(sets) > 1:
+        means["OOD"] = np.mean(sets[1:], 0).tolist()
+    means["All"] = np.mean(sets, 0).tolist()
+    result = dict(model=str(source), args=vars(args), rougeL=means)
+    write_json(folder / "eval.json", **result)
+    say(f"{source}, ROUGE-L, mean and standard deviation over sampling seeds:")
+    for name, values in means.items():
+        spread = np.std(values, ddof=min(1, len(values) - 1))
+        say(f"  {name:12s} {np.mean(values):6.2f} ± {spread:.2f}")
+    return result
+
+# 10. Command line: the defaults are the paper's setting =====================================================
 TEST_SETS = ["Dolly=MiniLLM/dolly/valid.jsonl", "SelfInst=MiniLLM/self-inst/valid.jsonl",
              "Vicuna=MiniLLM/Vicuna/valid.jsonl", "S-NI=MiniLLM/sinst/11_/valid.jsonl",
              "UnNI=MiniLLM/uinst/11_/valid.jsonl"]
-MAY_BE_ZERO = ("skew", "kq_weight", "clip", "seed", "eval_seeds", "eval_temperature", "no_repeat_ngram")
-class InputError(ValueError):
-    """Bad settings, rows or models: `main` prints it in one line and ends with status 2."""
-def check(ok, where, found, expected):
-    """Refuses input that is not ok. where: a flag, a model, or file, line and field."""
-    if not ok:
-        raise InputError(f"{where}: found {str(found)[:300]}, expected {expected}")
+MAY_BE_ZERO = "skew weights kq_weight clip seed eval_seeds eval_temperature no_repeat_ngram".split()
 
 def build_parser(methods=("cma", "sft")):
     """The command line as an argparse parser. methods: the choices of --method, the default first."""
@@ -81,35 +881,41 @@ def build_parser(methods=("cma", "sft")):
     add("--method", choices=methods, default=methods[0], help="how to train; sft: without a teacher")
     add("--ga", action="store_true", help="add the adversary on keys and queries, eq. (14)")
     add("--div", choices=DIVERGENCES, default="skl", help="f of KD^{t->s}; skl suits --ga, srkl no --ga")
-    add("--eval-only", metavar="MODEL", help="evaluate this folder or hub id, train nothing")
+    add("--eval-only", metavar="MODEL", help="evaluate this folder or hub id, train nothing; with --name")
     add("--out", default="runs", help="folder of all runs; those in it share a fine-tuned teacher")
-    add("--name", help="the run's folder in it: NAME-SEED, by default METHOD[-ga][-nq]-DIV-SEED")
+    add("--name", help="a run is in NAME-SEED, by default METHOD[-ga]-DIV-SEED; an evaluation in NAME")
+
     add = parser.add_argument_group("models and data: folders or hub ids").add_argument
     add("--student", default="openai-community/gpt2", help="the model to train")
-    add("--teacher", default="Qwen/Qwen1.5-1.8B", help="its states take 3.6 GB of main memory a process")
-    add("--teacher-ready", action="store_true", help="no fine-tuning of it (30 GB of GPU; the rest fits 24)")
+    add("--teacher", default="Qwen/Qwen1.5-1.8B", help="its states take 3.6 GB of memory or disk a node")
+    add("--teacher-ready", action="store_true", help="no fine-tuning of it (38 GB of GPU; the rest fits 24)")
     add("--teacher-epochs", type=float, default=10, help="length of its fine-tuning; fewer for many rows")
     add("--teacher-lr", type=float, default=2e-5, help="learning rate of that; higher for a small teacher")
     add("--data", default="MiniLLM/dolly", help="where raw.jsonl is: rows of instruction, input, output")
     add("--dev-rows", type=int, default=1000, help="first rows of --data, held out to choose the checkpoint")
     add("--max-prompt", type=int, default=256, help="training drops longer prompts, evaluation cuts them")
     add("--max-length", type=int, default=512, help="tokens of prompt and response; fewer if memory is short")
+
     add = parser.add_argument_group("objective").add_argument
+    add("--weights", type=float, nargs=4, default=4 * [0.5],
+        help="of CE, CE_T2S, KD_T2S, KD_S2T in eq. (9); 0 leaves a term out")
     add("--temperature", type=float, default=2.0, help="tau, on both sides of the divergences")
-    add("--skew", type=float, default=0.1, help="a of skl and srkl, 0 to 1; higher if training is unstable")
+    add("--skew", type=float, default=0.1, help="a of skl and srkl, below 1; higher if training is unstable")
     add("--kq-weight", type=float, default=1.0, help="factor of L_KQ in eq. (16)")
-    add("--normalise-queries", action="store_true", help="N_std(Q), as for K; if attention stays uniform")
     add("--all-positions", action="store_true", help="KD^{t->s} everywhere: eq. (8) to the letter")
     add("--s2t-div", choices=DIVERGENCES, default="kl", help="f of KD^{s->t}; in eq. (8) the same as --div")
+
     add = parser.add_argument_group("optimisation: AdamW with a cosine to 1e-7").add_argument
     add("--epochs", type=float, default=20, help="length of training, a fraction allowed")
     add("--batch-size", type=int, default=32, help="rows a step, over all processes")
-    add("--micro-batch", type=int, default=4, help="rows at a time; fewer if memory is short")
+    add("--micro-batch", type=int, default=4, help="rows at a time, at most; fewer if memory is short")
+    add("--recompute", action="store_true", help="activations are computed twice; if memory is still short")
     add("--lr", type=float, default=5e-4, help="the student's peak rate; lower for a larger one")
     add("--lr-projectors", type=float, default=1e-3, help="peak rate of projectors and discriminator")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
     add("--seed", type=int, default=10, help="of initialisation, row order, dropout, dev sampling")
     add("--save-every", type=int, default=500, help="steps between saves, besides one an epoch")
+
     add = parser.add_argument_group("evaluation by sampling").add_argument
     add("--dev-samplings", type=int, default=3, help="of dev rows; their mean chooses `best`; 1 is faster")
     add("--tests", metavar="NAME=FILE", nargs="+", default=TEST_SETS, help="OOD: mean of all but the first")
@@ -121,778 +927,93 @@ def build_parser(methods=("cma", "sft")):
     add("--no-repeat-ngram", type=int, default=6, help="n-grams that no test row has twice; 0: no rule")
     return parser
 
-def world():  # (rank, number of processes)
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-def say(*words):  # on rank 0, without breaking a progress bar
-    if world()[0] == 0:
-        tqdm.write(" ".join(map(str, words)))
-def progress(items, name):  # disable=None: no bar where there is no terminal
-    return tqdm(items, desc=name, leave=False, disable=world()[0] > 0 or None)
+def check_settings(args):  # what argparse lets through
+    for name, value in vars(args).items():
+        numbers = np.array(value)
+        if numbers.dtype.kind in "if":  # no text, no switch
+            usable = (numbers >= 0 if name in MAY_BE_ZERO else numbers > 0) & np.isfinite(numbers)
+            check(usable.all(), "--" + name.replace("_", "-"), value,
+                  "finite numbers over 0, or 0 where that has a meaning")
+    check(args.skew < 1, "--skew", args.skew, "0 to below 1")
+    check(any(args.weights), "--weights", args.weights, "one that is not 0")
+    check(len({*args.eval_seeds}) == len(args.eval_seeds), "--eval-seeds", args.eval_seeds, "each once")
+    check(args.name or not args.eval_only, "--eval-only", "no --name", "one, for the evaluation's folder")
 
-# 2. Data: text row -> two tokenisations of the same text -> padded batch ====================================
-class Row(NamedTuple):
-    """A prompt and the responses that are right for it; training uses the first."""
-    prompt: str
-    references: list
-class Example(NamedTuple):
-    """A row as one model reads it, with n response tokens."""
-    ids: list              # prompt, response, end of text; cut at the length limit
-    start: int             # where the response begins in ids
-    chunk: list = None     # n numbers, from a method's `annotate`
-    hidden: Tensor = None  # (n, d) last hidden states at the response positions, from `read_once`
-    @property
-    def count(self):  # of response tokens
-        return len(self.ids) - self.start
-class Pair(NamedTuple):
-    """A row as student and teacher read it; without a teacher (sft) t is None."""
-    s: Example
-    t: Example = None
-class Side(NamedTuple):
-    """A padded batch for one model: B sequences, up to n response positions, N of them real."""
-    inputs: Tensor         # (B, n) the token that is read at a position
-    targets: Tensor        # (B, n) the next token, which is predicted there
-    mask: Tensor           # (B, n) bool, True on real positions
-    ids: Tensor = None     # (B, L) what the trunk reads
-    pos: Tensor = None     # (B, n) where in ids the response positions are
-    hidden: Tensor = None  # (B, n, d) last hidden states there
-    chunk: Tensor = None   # (B, n) the numbers of `annotate`; -1 on padding
-    real: Tensor = None    # (N,) where the flattened mask is True, see `at_real`
-
-def fetch(source):
-    """Path of a data file: a local one or, for ORG/DATASET/FILE, one of the hub, downloaded once."""
-    if os.path.exists(source) or source.count("/") < 2:
-        return source
-    org, dataset, file = source.split("/", 2)
-    try:
-        return hf_hub_download(f"{org}/{dataset}", file, repo_type="dataset")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source}: found no such file here, nor on the hub ({error})") from error
-
-def alpaca_prompt(instruction, context):
-    """The Alpaca template, with or without a further context."""
-    paired = ", paired with an input that provides further context" if context else ""
-    middle = f"### Input:\n{context}\n\n" if context else ""
-    return (f"Below is an instruction that describes a task{paired}. Write a response that appropriately "
-            f"completes the request.\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n")
-
-def composed(text, place):  # place: for the error
-    check(isinstance(text, str) and text, place, repr(text), "a text that is not empty")
-    return unicodedata.normalize("NFC", text)  # NOT IN PAPER (departure 9)
-
-def read_rows(path, limit=None):
-    """The `Row`s of a file of JSON lines: `prompt`, or `instruction` and `input`, and `output`, a text or a
-    list of texts. InputError names line and field of a bad row."""
-    lines = pathlib.Path(path).read_bytes().rstrip().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines[:limit], 1):
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-            json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{place}: found {error}, expected a JSON object") from error
-        check(isinstance(row, dict), place, row, "a JSON object")
-        field = "prompt" if "prompt" in row else "instruction"
-        context, output = row.get("input"), row.get("output")
-        prompt = composed(row.get(field), f"{place}, {field}")
-        if field == "instruction":
-            context = "" if context in (None, "") else composed(context, f"{place}, input")
-            prompt = alpaca_prompt(prompt, context)
-        references = output if output and isinstance(output, list) else [output]  # test sets have lists
-        rows.append(Row(prompt, [composed(text, f"{place}, output") for text in references]))
-    return rows
-
-def prompt_ids(tokenizer, rows, limit=sys.maxsize):
-    """The ids of each row's prompt. A prompt over the limit keeps its end."""
-    # NOT IN PAPER: the special tokens that the tokenizer puts in front of a text, never twice (departure 7)
-    probe = tokenizer("a", return_special_tokens_mask=True)
-    lead = probe["input_ids"][:probe["special_tokens_mask"].index(0)]
-    prompts = [row.prompt for row in rows]
-    result = []
-    for ids in tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]:
-        body = ids[len(lead):] if ids[:len(lead)] == lead else ids
-        body = body[max(0, len(lead) + len(body) - limit):]
-        result.append((lead + body) or [tokenizer.eos_token_id])  # there must be a position to predict from
-    return result
-
-def pairs(rows, tokenizers,  # the student's and, if there is a teacher, the teacher's
-          max_prompt=256, max_length=512,
-          annotate=None):    # (row, s, t, tokenizers) -> a list of numbers for s, and one for t
-    """A `Pair` for each row with room for a response, if the student's prompt is within max_prompt."""
-    columns = []
-    for tokenizer in tokenizers:
-        # a response ends in the end of text, once; special tokens spelt out inside it are plain text
-        texts = [row.references[0].removesuffix(tokenizer.eos_token) for row in rows]
-        responses = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        examples = []
-        for prompt, response in zip(prompt_ids(tokenizer, rows), responses["input_ids"]):
-            ids = prompt + response + [tokenizer.eos_token_id]
-            examples.append(Example(ids[:max_length], len(prompt)))
-        columns.append(examples)
-    kept = []
-    for row, *examples in zip(rows, *columns):
-        if examples[0].start <= max_prompt and all(example.count > 0 for example in examples):
-            numbers = (None, None) if annotate is None else annotate(row, *examples, tokenizers)
-            kept.append(Pair(*[e._replace(chunk=chunk) for e, chunk in zip(examples, numbers)]))
-    return kept
-
-def plan_epoch(data, batch_size, micro_batch, seed, epoch):
-    """The epoch's optimiser steps, each a list of micro-batches of `Pair`s; fixed by data, seed and epoch."""
-    order = np.random.default_rng((seed, epoch)).permutation(len(data))
-    steps = []
-    for start in range(0, len(data) - batch_size + 1, batch_size):
-        rows = [data[row] for row in order[start:start + batch_size]]
-        # NOT IN PAPER: rows of like length share a micro-batch, so that little is padded (departure 6)
-        rows.sort(key=lambda pair: len(pair.s.ids))
-        steps.append([rows[i:i + micro_batch] for i in range(0, batch_size, micro_batch)])
-    return steps
-
-def padded(sequences, value=0, side="right"):  # one tensor, as long as the longest; without sequences None
-    if sequences[0] is not None:
-        tensors = list(map(torch.as_tensor, sequences))
-        return nn.utils.rnn.pad_sequence(tensors, True, value, padding_side=side)
-def collate(examples, device):
-    """The examples as a `Side` on the device."""
-    ids, starts, chunk, hidden = zip(*examples)
-    mask = padded([[True] * example.count for example in examples])
-    pos = padded([torch.arange(start, len(x)) - 1 for x, start in zip(ids, starts)])  # before each token
-    ids = padded(ids)
-    side = Side(inputs=ids.gather(1, pos), targets=ids.gather(1, pos + 1), mask=mask,
-                ids=ids[:, :-1].contiguous(), pos=pos, hidden=padded(hidden), chunk=padded(chunk, -1),
-                real=mask.flatten().nonzero().squeeze(1))
-    if device.type == "cuda":  # from pinned memory: the host does not wait for the copy
-        side = Side(*[x if x is None else x.pin_memory().to(device, non_blocking=True) for x in side])
-    return side
-
-# 3. Models: trunk, head and embeddings of any causal language model =========================================
-def precision(device):  # of matrix products and of the frozen teacher: bf16 on GPUs that have it
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if bf16 else torch.float32
-def autocast(device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
-def full_precision(x):  # half precision to float32; float64, as in the tests, stays
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-def at_real(x, side):
-    """x (B, n, ...) at the side's N real positions, (N, ...). To find these on a GPU, the host must wait."""
-    real = side.mask.flatten().nonzero().squeeze(1) if side.real is None else side.real
-    return x.flatten(0, 1).index_select(0, real)
-def head_of(model):  # W (V, d)
-    return model.get_output_embeddings().weight
-
-def response_hidden(model, side):
-    """h: the last hidden states, after the final norm, at the response positions, (B, n, d)."""
-    # Padding is on the right and attention is causal: no real position sees padding, so no mask is needed.
-    hidden = model.get_decoder()(input_ids=side.ids, use_cache=False).last_hidden_state
-    return hidden.take_along_dim(side.pos.unsqueeze(2), 1)
-
-@torch.no_grad()
-def load_model(source,  # a folder or hub id
-               device, dtype=torch.float32):
-    """A causal language model and its tokenizer. InputError says why, if one would fail or be wrong later."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        end = tokenizer.eos_token_id
-        usable = tokenizer.is_fast and end is not None and len(tokenizer) > 1
-        check(usable, "tokenizer", type(tokenizer).__name__, "a fast one that has an end of text")
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-        check(not info["missing_keys"], "weights", f"none for {info['missing_keys']}", "all")
-        head = model.get_output_embeddings()
-        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        usable = not hasattr(model, "hf_quantizer") and head.bias is None and cap is None
-        check(usable, "weights or head", "quantised ones, a bias or a cap", "float weights, a matrix alone")
-        model = model.to(device).eval().requires_grad_(False)  # a vision tower, say, gets no gradient
-        model.get_decoder().requires_grad_(True)
-        head.requires_grad_(True)
-        model.generation_config.update(  # the evaluation's sampling; saved with every checkpoint
-            do_sample=True, temperature=1.0, top_p=1.0, top_k=0, eos_token_id=end, pad_token_id=end)
-        # a test: the logits that it generates from behind padding are head times trunk without padding
-        ids, mask = torch.tensor([[end, 1, 2], [0, 1, 1]], device=device).unsqueeze(1)
-        hidden = model.get_decoder()(input_ids=ids[:, 1:], use_cache=False).last_hidden_state[0, -1]
-        generated = model.generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False,
-                                   output_logits=True, return_dict_in_generate=True)
-        wanted = head.weight @ hidden
-        gap = torch.dist(generated.logits[0][0], wanted).item() / wanted.norm().item()
-        check(gap <= 0.05, "logits", f"{gap:.2g} away", "head times trunk, with and without padding")
-        return model, tokenizer
-    except Exception as error:
-        raise InputError(f"{source} is no usable causal language model: {error!r}") from error
-
-def check_readable(model, sequences, more=0):
-    """Refuses lists of ids that the model cannot read, each with `more` tokens after it."""
-    longest = max(map(len, sequences), default=0) + more
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-    check(longest <= limit, model.name_or_path, f"a row of {longest} tokens", f"its {limit} positions")
-    size, highest = len(model.get_input_embeddings().weight), max(map(max, sequences), default=0)
-    check(highest < size, model.name_or_path, f"the token {highest}", f"its {size} embeddings")
-
-@torch.no_grad()
-def read_once(teacher, data, device):
-    """The `Pair`s with h^t at their response positions, read by the teacher's model, which is then freed."""
-    model = teacher.model.requires_grad_(False)
-    size = sum(pair.t.count for pair in data) * teacher.head[0].nbytes
-    say("the teacher's states take", round(size / 1e9, 2), "GB of main memory in each process")
-    # every process reads all rows, in batches that the rows alone decide: a restart gets the same numbers
-    order = sorted(range(len(data)), key=lambda row: len(data[row].t.ids))
-    result = list(data)
-    for start in progress(range(0, len(order), 16), "the teacher reads the rows"):
-        rows = order[start:start + 16]
-        side = collate([data[row].t for row in rows], device)
-        with autocast(device):
-            hidden = response_hidden(model, side).to(model.dtype).cpu()
-        check(hidden.isfinite().all(), "the teacher's states", "one that is not finite", "numbers")
-        for row, h in zip(rows, hidden):
-            s, t = data[row]
-            result[row] = Pair(s, t._replace(hidden=h[:t.count].clone()))  # without the batch's padding
-    teacher.model = None
-    return result
-
-# 4. Divergences f(p || q): q learns from p ==================================================================
-def divergence(
-        name,                            # kl | rkl | jsd | skl, srkl (DistiLLM) | akl (Wu et al. 2025)
-        student_logits, teacher_logits,  # (..., V): of q, which learns, and of p; -inf is probability 0
-        temperature=2.0,                 # tau, on both sides, without a factor tau^2
-        skew=0.1, head_mass=0.5):        # a of skl and srkl; the part of p that is akl's head
-    """f of eq. (8) for each position, (...)."""
-    def log_softmax(logits):  # a finite floor: 0 * (-inf - -inf) would be nan
-        return (full_precision(logits).clamp(min=-1e30) / temperature).log_softmax(-1)
-    def kl(log_a, log_b):  # KL(a || b)
-        return (log_a.exp() * (log_a - log_b)).sum(-1)
-    def mix(log_a, log_b, weight):  # log(weight a + (1 - weight) b)
-        return torch.logaddexp(log_a + math.log(weight + 1e-30), log_b + math.log(1 - weight + 1e-30))
-
-    log_p, log_q = log_softmax(teacher_logits), log_softmax(student_logits)  # NOT IN PAPER (departure 3)
-    if name == "kl":
-        return kl(log_p, log_q)
-    if name == "rkl":
-        return kl(log_q, log_p)
-    if name == "jsd":
-        log_m = mix(log_p, log_q, 0.5)
-        return (kl(log_p, log_m) + kl(log_q, log_m)) / 2
-    if name == "skl":
-        return kl(log_p, mix(log_p, log_q, skew))
-    if name == "srkl":
-        return kl(log_q, mix(log_q, log_p, skew))
-    check(name == "akl", "divergence", name, DIVERGENCES)
-    # akl's head is p's most probable tokens up to head_mass; the weights of the two directions are constants
-    with torch.no_grad():
-        p, order = log_p.exp().sort(-1, descending=True)
-        gap = (p - log_q.exp().gather(-1, order)).abs()
-        in_head = (p.cumsum(-1) - p) < head_mass
-        share = (gap * in_head).sum(-1) / gap.sum(-1).clamp(min=1e-30)  # g_head / (g_head + g_tail)
-    return share * kl(log_p, log_q) + (1 - share) * kl(log_q, log_p)
-
-# 5. Cross-model attention (CMA) =============================================================================
-class Projectors(nn.Module):
-    """The three linear maps between a student of width d_s and a teacher of width d_t."""
-    def __init__(self, d_s, d_t):
-        super().__init__()
-        self.query = nn.Linear(2 * d_s, 2 * d_t)  # P_Q of eq. (1)
-        self.t2s = nn.Linear(d_t, d_s)            # P^{t->s} of eq. (5)
-        self.s2t = nn.Linear(d_s, d_t)            # P^{s->t} of eq. (4)
-
-def zero_padding(x, mask):  # x (B, n, d) with 0 where mask (B, n) is False, whatever was there, nan included
-    return x.masked_fill(~mask.unsqueeze(2), 0)
-
-def std_normalise(x, mask):
-    """N_std of eqs. (2) and (5): x (B, n, d) over its standard deviation. Padding becomes 0."""
-    x = zero_padding(full_precision(x), mask)  # NOT IN PAPER: each sequence's own positions (departure 4)
-    count = mask.sum(1)[:, None, None] * x.shape[2]  # (B, 1, 1): entries at real positions
-    mean = x.sum((1, 2), keepdim=True) / count.clamp(min=1)
-    square = zero_padding((x - mean) ** 2, mask).sum((1, 2), keepdim=True)
-    variance = square / (count - 1).clamp(min=1)
-    return x / variance.clamp(min=1e-12).sqrt()
-
-def cross_model_attention(q, k, allowed):  # (B, S, w), (B, T, w), (B, S, T) bool: which pairs may meet
-    """A^{t->s} (B, S, T), A^{s->t} (B, T, S) of eq. (3). Rows sum to 1; those with nothing allowed are 0."""
-    q = zero_padding(full_precision(q), allowed.any(2))
-    k = zero_padding(full_precision(k), allowed.any(1))
-    with torch.autocast(q.device.type, enabled=False):  # bf16 is too coarse for scores in the hundreds
-        scores = q @ k.mT / math.sqrt(q.shape[2])
-    scores = scores.masked_fill(~allowed, -1e30)
-    return scores.softmax(-1) * allowed, scores.mT.softmax(-1) * allowed.mT                   # (3)
-
-# 6. Key-query matching: the generative adversary (GA) =======================================================
-class Discriminator(nn.Module):
-    """D of eq. (14), (..., width) -> (...): a logit per vector, high for "a query". Highway layer and MLP."""
-    def __init__(self, width, hidden=768, dropout=0.1):
-        super().__init__()
-        self.highway = nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(width, hidden), nn.LeakyReLU(0.1), nn.Linear(hidden, 1))
-    def forward(self, x):
-        z = self.highway(x)
-        gate = z.sigmoid()
-        return full_precision(self.mlp(gate * z.relu() + (1 - gate) * x).squeeze(-1))
-
-def reverse(x):  # x with its gradient's sign turned: what x comes from ascends what all else descends
-    return 2 * x.detach() - x
-
-def ga_loss(disc, q, k,           # D; (B, S, w), (B, T, w)
-            s_mask, t_mask,       # (B, S), (B, T): True on real positions
-            n_s=None, n_t=None):  # divisors of the sums over these; None: their counts
-    """L_KQ of eq. (14) as cross-entropy, D(q) -> 1 and D(k) -> 0; and detached sums for the log. One backward
-    pass serves both players: D descends this loss; P_Q, behind `reverse`, ascends it. Keys are constants."""
-    n_s = s_mask.sum() if n_s is None else n_s
-    n_t = t_mask.sum() if n_t is None else n_t
-    z_q = disc(reverse(zero_padding(q, s_mask)))                                              # (B, S)
-    z_k = disc(zero_padding(k, t_mask).detach())                                              # (B, T)
-    loss_q = (F.softplus(-z_q) * s_mask).sum() / n_s  # of -log D(q)
-    loss_k = (F.softplus(z_k) * t_mask).sum() / n_t   # of -log(1 - D(k))
-    D_q, D_k = z_q.detach().sigmoid() * s_mask, z_k.detach().sigmoid() * t_mask
-    terms = dict(D_q=D_q.sum(), accuracy_q=(D_q > 0.5).sum(),
-                 D_k=D_k.sum(), accuracy_k=(t_mask & (D_k <= 0.5)).sum())
-    return loss_q + loss_k, terms  # NOT IN PAPER: means over real positions (departure 5)      (14)
-
-# 7. Objective ===============================================================================================
-def sliced_loss(fn,       # (logits_1, ..., logits_J, *rows) -> (loss, *terms), sums over some positions
-                sides,    # J pairs of hidden states (N, d_j) and heads (V_j, d_j)
-                rows=(),  # further tensors (N, ...)
-                max_logits=2 ** 25):
-    """(loss, *terms), sums over N positions, with the logits of only a slice of these at a time. A slice's
-    part of the loss's gradient is formed while its logits exist: no head product is computed twice."""
-    hidden, heads = zip(*sides)
-    leaves = [h.detach().requires_grad_(h.requires_grad) for h in hidden]  # a slice's backward pass ends here
-    trained = [W for W in dict.fromkeys(heads) if W.requires_grad]  # one head may serve two sides
-    wanted = [h for h in leaves if h.requires_grad] + trained
-    widest = max(map(len, heads))
-    size, piece = max(1, max_logits // widest), max(1, 2 ** 22 // widest)
-    grads, totals = [], 0
-    for start in range(0, max(1, len(leaves[0])), size):
-        part = slice(start, start + size)
-        outputs, slopes = [], []
-        with torch.enable_grad():
-            columns = [full_precision(F.linear(h[part], W)) for h, W in zip(leaves, heads)]
-            columns += [row[part] for row in rows]
-            for pieces in zip(*[column.split(piece) for column in columns]):
-                sums = fn(*pieces)  # of so few positions that they stay in the processor's cache
-                totals = totals + torch.stack([value.detach().double() for value in sums])
-                if wanted:
-                    trainable = [z for z in pieces if z.requires_grad]
-                    outputs += trainable
-                    slopes += torch.autograd.grad(sums[0], trainable, materialize_grads=True)
-        if wanted:  # through the head products
-            found = torch.autograd.grad(outputs, wanted, slopes)
-            grads = [grad.add_(new) for grad, new in zip(grads, found)] if grads else list(found)
-            del found  # as large as the heads
-    loss, *terms = totals.unbind()
-    for x, grad in zip([h for h in hidden if h.requires_grad] + trained, grads):
-        linear = torch.dot(full_precision(x).flatten(), full_precision(grad).flatten())
-        loss = loss + (linear - linear.detach())  # adds 0, whose gradient on x is grad
-    return loss, *terms
-
-def student_space(
-        z_s, z_t2s,       # (N, V_s): logits of p^s and q^{t->s}
-        target, aligned,  # (N,): gold ids; False where the position attends to nothing
-        *, weights, div, temperature, skew, all_positions):
-    """Eq. (9) over the student's vocabulary: the weighted sum of its terms, each term, the correct ones."""
-    fixed_t2s = z_t2s.detach()  # q^{t->s} is constant inside KD^{t->s}: CE^{t->s} alone trains P^{t->s}
-    correct = (fixed_t2s.argmax(-1) == target) & aligned
-    counted = aligned if all_positions else correct  # NOT IN PAPER: correct positions only (departure 1)
-    ce = F.cross_entropy(z_s, target, reduction="sum")
-    ce_t2s = (F.cross_entropy(z_t2s, target, reduction="none") * aligned).sum()
-    kd_t2s = (divergence(div, z_s, fixed_t2s, temperature, skew) * counted).sum()             # (8)
-    loss = weights[0] * ce + weights[1] * ce_t2s + weights[2] * kd_t2s                        # (9)
-    return loss, ce, ce_t2s, kd_t2s, correct.sum()
-
-def teacher_space(z_s2t, z_t, aligned, *, weights, div, temperature, skew):
-    """KD^{s->t}, weighted and not. z_s2t, z_t (N, V_t): logits of q^{s->t} and p^t. aligned (N,) bool."""
-    kd_s2t = (divergence(div, z_s2t, z_t, temperature, skew) * aligned).sum()                 # (8)
-    return weights[3] * kd_s2t, kd_s2t                                                        # (9)
-
-def embed(E, side):
-    """Embeddings (B, n, d) of a side's inputs and targets, constants. E: a table (V, d) or a module."""
-    table = functools.partial(F.embedding, weight=E) if torch.is_tensor(E) else E
-    with torch.no_grad():  # ids under padding may be anything: they become valid ones
-        return [table(ids.masked_fill(~side.mask, 0)) for ids in (side.inputs, side.targets)]
-
-def dual_space_losses(
-        proj, s, t,   # `Projectors(d_s, d_t)`; the `Side`s of student and teacher
-        h_s, h_t,     # (B, S, d_s), (B, T, d_t): last hidden states at the response positions
-        E_s, E_t,     # embeddings: a table (V, d) or a module
-        W_s, W_t, *,  # (V_s, d_s), (V_t, d_t): prediction heads
-        align=None,   # (q, k, s, t) -> (a_t2s, a_s2t); None: eq. (3)
-        div="skl", s2t_div="kl", temperature=2.0, skew=0.1, all_positions=False, normalise_queries=False,
-        weights=(0.5, 0.5, 0.5, 0.5)):  # of CE, CE^{t->s}, KD^{t->s}, KD^{s->t}
-    """Eqs. (1)-(9) for a batch, as a dict. `loss`, eq. (9) summed over positions, and `q` have a gradient;
-    the sums `ce`, `ce_t2s`, `kd_t2s`, `kd_s2t`, `n_correct` and `k`, `a_t2s`, `a_s2t` have none."""
-    fixed_W_s, fixed_W_t = W_s.detach(), W_t.detach()  # W^s learns through p^s alone: from CE and KD^{t->s}
-    h_s, h_t = zero_padding(h_s, s.mask), zero_padding(h_t.detach(), t.mask)
-    e_t_input, e_t_target = embed(E_t, t)  # of the tokens that a position reads and predicts
-    q = zero_padding(proj.query(torch.cat(embed(E_s, s), -1)), s.mask)                        # (1)
-    if normalise_queries:  # NOT IN PAPER: as the keys (departure 8)
-        q = std_normalise(q, s.mask)
-    k = std_normalise(torch.cat([e_t_input, e_t_target], -1), t.mask)                         # (2)
-    if align is None:
-        a_t2s, a_s2t = cross_model_attention(q, k, s.mask.unsqueeze(2) & t.mask.unsqueeze(1))  # (3)
-    else:
-        a_t2s, a_s2t = align(q, k, s, t)
-    v_s2t = proj.s2t(h_s)                                                                     # (4)
-    v_t2s = proj.t2s(std_normalise(h_t, t.mask) + std_normalise(e_t_target, t.mask))          # (5)
-    h_t2s, h_s2t = a_t2s @ v_t2s, a_s2t @ v_s2t                                               # (6)
-    # the losses over either vocabulary, a slice of the real positions at a time; with eq. (3) all are aligned
-    s_aligned, t_aligned = at_real((a_t2s > 0).any(2), s), at_real((a_s2t > 0).any(2), t)
-    shared = dict(weights=weights, temperature=temperature, skew=skew)
-    loss_s, ce, ce_t2s, kd_t2s, n_correct = sliced_loss(
-        functools.partial(student_space, div=div, all_positions=all_positions, **shared),
-        [(at_real(h_s, s), W_s), (at_real(h_t2s, s), fixed_W_s)],                             # (7)
-        [at_real(s.targets, s), s_aligned])
-    loss_t, kd_s2t = sliced_loss(
-        functools.partial(teacher_space, div=s2t_div, **shared),  # NOT IN PAPER: its own f (departure 2)
-        [(at_real(h_s2t, t), fixed_W_t), (at_real(h_t, t), fixed_W_t)], [t_aligned])          # (7)
-    return dict(loss=loss_s + loss_t, ce=ce, ce_t2s=ce_t2s, kd_t2s=kd_t2s, kd_s2t=kd_s2t, n_correct=n_correct,
-                q=q, k=k, a_t2s=a_t2s.detach(), a_s2t=a_s2t.detach())
-
-class Distiller(nn.Module):
-    """What is trained: the student and, with a teacher, projectors and discriminator. A subclass is another
-    method: it overrides annotate, align, distil or match, or sets projectors to None."""
-    projectors, adversary, weights = Projectors, Discriminator, (0.5, 0.5, 0.5, 0.5)
-    annotate = align = None  # or methods; these and weights: see `pairs` and `dual_space_losses`
-    def __init__(self, student, teacher, args):
-        super().__init__()
-        self.student, self.args = student, args
-        self.teacher = teacher  # a Namespace of model, embeddings, head, no module: not trained; or None
-        self.proj = self.disc = None
-        if teacher is not None and self.projectors is not None:
-            d_s, d_t = head_of(student).shape[1], teacher.head.shape[1]
-            self.proj = self.projectors(d_s, d_t)
-            self.disc = self.adversary(2 * d_t) if args.ga else None
-        ok = self.proj is not None or not (args.ga or args.normalise_queries)
-        check(ok, "--ga, --normalise-queries", f"--method {args.method}", "a method with queries and keys")
-    def distil(self, s, t, h_s, h_t):
-        """A dict: `loss`, a sum over the batch's positions, detached sums for the log, what `match` needs."""
-        names = ("div", "s2t_div", "temperature", "skew", "all_positions", "normalise_queries")
-        return dual_space_losses(
-            self.proj, s, t, h_s, h_t, self.student.get_input_embeddings(), self.teacher.embeddings,
-            head_of(self.student), self.teacher.head, align=self.align, weights=self.weights,
-            **{name: getattr(self.args, name) for name in names})
-    def match(self, q, k, s, t, n_s, n_t):
-        """With --ga: L_KQ and detached sums for the log."""
-        return ga_loss(self.disc, q, k, s.mask, t.mask, n_s, n_t)
-    def forward(self, s, t, n_s, n_t):
-        """A micro-batch's share of eq. (16) and of the log's means. n_s, n_t: response tokens of the step."""
-        h_s = response_hidden(self.student, s)
-        if t is None:  # sft
-            cross_entropy = lambda z, target: [F.cross_entropy(z, target, reduction="sum")]  # no terms
-            product = at_real(h_s, s), head_of(self.student)
-            (loss,) = sliced_loss(cross_entropy, [product], [at_real(s.targets, s)])
-            return loss / n_s, dict(ce=loss.detach() / n_s)
-        out = self.distil(s, t, h_s, t.hidden)  # the teacher has read its rows once, before training
-        loss = out["loss"] / n_s  # the one divisor, also of KD^{s->t}'s sum over the teacher's positions
-        terms = {name: x / n_s for name, x in out.items() if name != "loss" and x.ndim == 0}
-        if self.args.ga:
-            kq, kq_terms = self.match(out["q"], out["k"], s, t, n_s, n_t)
-            loss = loss + self.args.kq_weight * kq                                            # (16)
-            for name, x in kq_terms.items():
-                terms[name] = x / (n_t if name.endswith("_k") else n_s)  # _k: a sum over keys
-        return loss, terms
-
-# 8. Training ================================================================================================
-LOG_EVERY = 10  # steps whose means are one line of the log
-SFT_SETTINGS = ("dev_rows", "dev_samplings", "max_new_tokens", "max_prompt", "max_length", "epochs",
-                "batch_size", "lr", "clip", "seed")  # what decides a run without a teacher
-# settings outside a run's identity; rows and models are in it by their contents, not by their names
-NO_IDENTITY = {"out", "name", "eval_only", "student", "teacher", "teacher_ready", "teacher_epochs",
-               "teacher_lr", "data", "micro_batch", "save_every", "tests", "eval_seeds", "eval_limit",
-               "eval_batch", "eval_temperature", "no_repeat_ngram"}
-def seed_torch(*numbers):  # by what is computed next: a restart draws the same numbers
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
-
-def replace(path, save):
-    """save(fresh) writes a file or folder, on rank 0; it takes the path's place once it is whole."""
-    if world()[0] > 0:
-        return
-    fresh = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save(fresh)
-    except Exception as error:  # torch and safetensors wrap the disk's error: show it
-        raise OSError(f"{fresh} cannot be written ({error.__context__ or error})") from error
-    if path.is_dir():
-        shutil.rmtree(path)
-    os.replace(fresh, path)
-def write_json(path, content):
-    replace(path, lambda fresh: fresh.write_text(json.dumps(content, indent=1)))
-def save_best(model, tokenizer, folder):  # for transformers' `from_pretrained`; and the projectors
-    model.student.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if model.proj is not None:
-        torch.save(model.proj.state_dict(), folder / "projectors.pt")
-
-def fingerprint(content, tensors=()):  # 16 digits that tell contents apart
-    digest = hashlib.sha256(json.dumps(content, default=str).encode())
-    for tensor in tensors:
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-def model_fingerprint(model):
-    config = model.config.to_dict() | dict(_name_or_path=None, transformers_version=None)
-    return fingerprint(config, model.state_dict().values())
-
-def optimizer_for(model, args):
-    """AdamW. Each trainable parameter is in exactly one group; biases and norms are not decayed."""
-    groups = {}
-    for name, parameter in model.named_parameters():  # a tied weight comes once
-        peak = args.lr if name.startswith("student.") else args.lr_projectors
-        decay = 1e-2 if parameter.ndim > 1 else 0.0
-        if parameter.requires_grad:
-            group = groups.setdefault((peak, decay), dict(params=[], peak=peak, weight_decay=decay))
-            group["params"].append(parameter)
-    return torch.optim.AdamW(groups.values(), fused=True)
-
-def gradient(model, micro_batches,  # lists of `Pair`s, all those of an optimiser step
-             step, args, device):
-    """Leaves the step's gradient in the parameters; returns this process's share of the log's means."""
-    rank, processes = world()
-    rows = sum(micro_batches, [])  # all: the cut into micro-batches and processes changes at most dropout
-    n_s = sum(pair.s.count for pair in rows)
-    n_t = sum(pair.t.count for pair in rows if pair.t is not None)
-    shares = collections.Counter()
-    for m in range(rank, len(micro_batches), processes):
-        s = collate([pair.s for pair in micro_batches[m]], device)
-        t = None if rows[0].t is None else collate([pair.t for pair in micro_batches[m]], device)
-        seed_torch(args.seed, step, m)
-        # processes exchange gradients once a step, in the backward pass of their last micro-batch
-        postponed = processes > 1 and m + processes < len(micro_batches)
-        with model.no_sync() if postponed else contextlib.nullcontext():
-            with autocast(device):
-                loss, terms = model(s, t, n_s, n_t)
-            (loss * processes).backward()  # DistributedDataParallel takes the mean over processes
-        shares.update(terms, loss=loss.detach(), tokens=s.mask.sum())  # Counter.update adds
-    return shares
-
-def set_up(args, folder, device, distiller):
-    """Checks a run and writes args.json; what is trained, the student's tokenizer, `Pair`s, dev `Row`s."""
-    rows = read_rows(fetch(f"{args.data}/raw.jsonl"))
-    dev, rest = rows[:args.dev_rows], rows[args.dev_rows:]
-    student, tokenizer = load_model(args.student, device)
-    check_readable(student, prompt_ids(tokenizer, dev, args.max_prompt), args.max_new_tokens)
-    readers, tokenizers, teacher, names = [student], [tokenizer], None, SFT_SETTINGS
-    if args.method != "sft":
-        full, teacher_tokenizer = load_model(args.teacher, device, precision(device))
-        readers.append(full)
-        tokenizers.append(teacher_tokenizer)
-        teacher = argparse.Namespace(model=full, embeddings=full.get_input_embeddings(), head=head_of(full))
-        names = vars(args).keys() - NO_IDENTITY
-    seed_torch(args.seed)
-    model = distiller(student, teacher, args).to(device)
-    data = pairs(rest, tokenizers, args.max_prompt, args.max_length, model.annotate)
-    check(len(data) >= args.batch_size, "rows within the limits", len(data), "at least --batch-size")
-    for reader, examples in zip(readers, zip(*data)):
-        check_readable(reader, [example.ids for example in examples])
-    say(folder, "has", len(data), "rows to train on;", len(rest) - len(data), "are too long")
-    # a run goes on only with equal rows, tokens, weights and settings
-    identity = dict(zip(("student weights", "teacher weights"), map(model_fingerprint, readers)))
-    identity |= {"rows": fingerprint([rows, data])} | {name: getattr(args, name) for name in sorted(names)}
-    path = folder / "args.json"
-    if path.exists():
-        found = json.loads(path.read_text()).get("identity", {})
-        changed = [name for name in identity if found.get(name) != identity[name]]
-        check(not changed, path, f"other {changed}", "this run's; remove the folder or give another --out")
-    else:
-        write_json(path, dict(identity=identity, command=sys.argv, args=vars(args)))
-    return model, tokenizer, data, dev
-
-def train(args, folder, device, distiller=Distiller):
-    """Trains args.student in the folder, from its state.pt on if it is there; returns the best's folder."""
-    rank, processes = world()
-    model, tokenizer, data, dev = set_up(args, folder, device, distiller)
-    steps_per_epoch = len(data) // args.batch_size
-    total_steps = max(1, round(args.epochs * steps_per_epoch))
-    optimizer = optimizer_for(model, args)
-    say(sum(x.numel() for x in model.parameters() if x.requires_grad), "parameters to train,",
-        sum(len(pair.s.ids) for pair in data), "tokens an epoch,", total_steps, "steps, each in",
-        args.batch_size // args.micro_batch // processes, "micro-batches a process")
-    done, best_score, log_size = 0, -1.0, 0  # resume
-    state_path, log_path = folder / "state.pt", folder / "log.jsonl"
-    if state_path.exists():
-        state = torch.load(state_path, map_location="cpu", weights_only=True)
-        done, best_score, log_size = state["reached"]
-        model.load_state_dict(state["model"])
-        if state["optimizer"] is not None:
-            optimizer.load_state_dict(state["optimizer"])
-        del state  # of a teacher, 22 GB
-        say("goes on after step", done)
-    log = open(log_path if rank == 0 else os.devnull, "a")
-    if rank == 0:
-        log.truncate(log_size)  # without lines of steps that will be done again
-    # the teacher reads each row once; from then on only its embeddings and head are needed
-    if model.teacher and done < total_steps:
-        data = read_once(model.teacher, data, device)
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes > 1 else model
-    plan = []
-    while len(plan) < total_steps:
-        plan += plan_epoch(data, args.batch_size, args.micro_batch, args.seed, len(plan) // steps_per_epoch)
-    shares, logged, since = collections.Counter(), done, time.perf_counter()
-    for step in progress(range(done + 1, total_steps + 1), folder.name):
-        # one step, at a rate that falls as a cosine
-        model.train()
-        cosine = (1 + math.cos(math.pi * (step - 1) / total_steps)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-7 + (group["peak"] - 1e-7) * cosine
-        shares.update(gradient(parallel, plan[step - 1], step, args, device))
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)  # DistributedDataParallel's buckets hold them
-        # log means since the last line; with a number that is not finite the run ends, and saves nothing
-        epoch_ends = step % steps_per_epoch == 0 or step == total_steps
-        saves = epoch_ends or step % args.save_every == 0
-        if saves or step % LOG_EVERY == 0:
-            values = torch.stack(list(shares.values())) / (step - logged)
-            if processes > 1:
-                dist.all_reduce(values)
-            terms = dict(zip(shares, values.tolist()))
-            speed = terms["tokens"] * (step - logged) / (time.perf_counter() - since)
-            memory = torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(0).ru_maxrss  # KiB
-            line = dict(step=step, **terms, lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
-                        tokens_per_s=speed, memory_gb=memory / 1e9)
-            broken = [name for name, value in line.items() if not math.isfinite(value)]
-            check(not broken, f"step {step}", broken, "finite numbers; what was saved last is whole")
-            print(json.dumps(line), file=log, flush=True)
-            say("step", step, *[f"{name} {value:.3g}" for name, value in terms.items()])
-            shares, logged, since = collections.Counter(), step, time.perf_counter()
-        # keep the student with the best ROUGE-L on the dev rows, the later of equals
-        if epoch_ends:
-            seeds = range(args.seed, args.seed + args.dev_samplings)
-            score = float(np.mean([respond(model.student, tokenizer, dev, seed, args)[1] for seed in seeds]))
-            say("dev ROUGE-L", round(score, 2))
-            print(json.dumps(dict(step=step, dev_rougeL=score)), file=log, flush=True)
-            if score >= best_score or not (folder / "best").exists():
-                best_score = score
-                replace(folder / "best", lambda fresh: save_best(model, tokenizer, fresh))
-        # save what the next step depends on
-        if saves:
-            state = dict(model=model.state_dict(), reached=(step, best_score, log_path.stat().st_size))
-            state["optimizer"] = optimizer.state_dict() if step < total_steps else None  # no step is left
-            replace(state_path, lambda fresh: torch.save(state, open(fresh, "wb")))
-            since = time.perf_counter()
-    if processes > 1:
-        dist.barrier()  # the first process may still be writing
-    return folder / "best"
-
-# 9. Evaluation: sampling, ROUGE-L ===========================================================================
-def rouge_l(predictions, references):
-    """Each row's ROUGE-L F1 with Porter's stemmer, in percent, of the best of its references."""
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    return [100 * scorer.score_multi(texts, prediction)["rougeL"].fmeasure
-            for prediction, texts in zip(predictions, references, strict=True)]
-
-@torch.no_grad()
-def respond(model, tokenizer, rows, seed, args):
-    """A response to each row, and its ROUGE-L. Batches and seeds do not depend on the processes."""
-    rank, processes = world()
-    model.eval()
-    end, device, size = tokenizer.eos_token_id, model.device, args.eval_batch
-    prompts = prompt_ids(tokenizer, rows, args.max_prompt)  # NOT IN PAPER: a long one's end (departure 7)
-    order = sorted(range(len(rows)), key=lambda row: len(prompts[row]))
-    found = []
-    for start in progress(range(rank * size, len(rows), processes * size), "responses"):
-        batch = order[start:start + size]
-        ids = padded([prompts[row] for row in batch], end, "left").to(device)
-        mask = padded([[1] * len(prompts[row]) for row in batch], 0, "left").to(device)
-        seed_torch(seed, start)
-        with autocast(device):  # the rest is in the generation_config, set by `load_model`
-            whole = model.generate(ids, attention_mask=mask, max_new_tokens=args.max_new_tokens)
-        texts = tokenizer.batch_decode(whole[:, ids.shape[1]:], skip_special_tokens=True)
-        found += zip(batch, texts, rouge_l(texts, [rows[row].references for row in batch]))
-    if processes > 1:
-        parts = [None] * processes
-        dist.all_gather_object(parts, found)
-        found = sum(parts, [])
-    _, texts, scores = zip(*sorted(found))  # in the order of rows
-    say("for example:", rows[0].prompt[-300:], texts[0])
-    return texts, scores
-
-def read_tests(args, device):
-    """The rows of each test set, by name. Rows that the model cannot read are refused before any training."""
-    sources = {}
-    for item in args.tests:
-        name, _, source = item.partition("=")
-        usable = name and source and "/" not in name and name not in ("OOD", "All", *sources)
-        check(usable, "--tests", item, "NAME=FILE; names differ, have no / and are not OOD or All")
-        sources[name] = source
-    tests = {name: read_rows(fetch(source), args.eval_limit) for name, source in sources.items()}
-    model, tokenizer = load_model(args.eval_only or args.student, device)
-    for rows in tests.values():
-        check_readable(model, prompt_ids(tokenizer, rows, args.max_prompt), args.max_new_tokens)
-    if not args.eval_only:  # before a teacher is fine-tuned
-        rows = read_rows(fetch(f"{args.data}/raw.jsonl"))[args.dev_rows:]
-        check(rows, args.data, "no rows to train on", "more than --dev-rows")
-        kept = pairs(rows, [tokenizer], args.max_prompt, args.max_length)
-        check_readable(model, [pair.s.ids for pair in kept])
-    return tests
-
-def evaluate(args, source, folder, tests, device):
-    """Samples and scores each test set once a seed; writes predictions/ and eval.json into the folder."""
-    model, tokenizer = load_model(source, device)
-    temperature = args.eval_temperature
-    seeds = args.eval_seeds if temperature else args.eval_seeds[:1]  # without sampling all are alike
-    model.generation_config.update(do_sample=temperature > 0, temperature=temperature or 1.0,
-                                   no_repeat_ngram_size=args.no_repeat_ngram)
-    means = {name: [] for name in tests}  # of each set, one a seed
-    for name, rows in tests.items():
-        for seed in seeds:
-            texts, scores = respond(model, tokenizer, rows, seed, args)
-            means[name].append(float(np.mean(scores)))
-            write_json(folder / f"predictions/{name}-{seed}.json",
-                       dict(rows=rows, texts=texts, rougeL=scores))
-    sets = list(means.values())
-    for name, part in (("OOD", sets[1:]), ("All", sets)):
-        if part:
-            means[name] = np.mean(part, 0).tolist()
-    result = dict(model=str(source), args=vars(args), rougeL=means)
-    write_json(folder / "eval.json", result)
-    say(folder, "has ROUGE-L, mean and standard deviation over sampling seeds:")
-    for name, values in means.items():
-        spread = np.std(values, ddof=1) if len(values) > 1 else 0
-        say(f"  {name:12s} {np.mean(values):6.2f} ± {spread:.2f}")
-    return result
-
-# 10. Main ===================================================================================================
 def experiment(args, device, distiller):
     """Fine-tunes the teacher if need be, trains, evaluates the best; returns what eval.json holds."""
-    out, tests = pathlib.Path(args.out), read_tests(args, device)
+    # 1. models, and rows without the models' end marks
+    out, taught, tests = Path(args.out), args.method != "sft" and not args.eval_only, {}
+    for item in args.tests:
+        name, _, source = item.partition("=")
+        usable = source and "/" not in name and name not in ("", "OOD", "All", *tests)
+        check(usable, "--tests", item, "NAME=FILE; names differ, have no / and are not OOD or All")
+        tests[name] = fetch(source)
+    loaded = [load_model(args.eval_only or args.student, device)]
+    if taught:
+        dtype = precision(device) if args.teacher_ready else torch.float32
+        loaded.append(load_model(args.teacher, device, dtype))
+    marks = [mark for model, tokenizer in loaded for mark in end_marks(model, tokenizer)]
+    for name, path in tests.items():
+        tests[name] = read_rows(path, args.eval_limit, marks)
+        prompts_of(*loaded[0], tests[name], args)  # raises what `respond` would, but before any training
+
+    # 2. a checkpoint
     if args.eval_only:
-        name = args.name or "-".join(pathlib.Path(args.eval_only).resolve().parts[1:][-2:])
-        return evaluate(args, args.eval_only, out / name, tests, device)
-    at_once = args.micro_batch * world()[1]
-    check(args.batch_size % at_once == 0, "--batch-size", args.batch_size, f"a multiple of {at_once}")
-    name = args.method + "-ga" * args.ga + "-nq" * args.normalise_queries
-    name += f"-{args.div}" * (args.method != "sft")
-    if args.method != "sft" and not args.teacher_ready:
-        tuning = vars(args) | dict(method="sft", ga=False, normalise_queries=False, student=args.teacher,
-                                   epochs=args.teacher_epochs, lr=args.teacher_lr, seed=10)
-        tuned = out / f"{pathlib.Path(args.teacher).name}-tuned"  # one for all runs in the folder
-        args.teacher = str(train(argparse.Namespace(**tuning), tuned, device))
+        folder = out / args.name
+        names = "max_prompt", "max_new_tokens", "eval_seeds", "eval_temperature", "no_repeat_ngram"
+        identity = {name: getattr(args, name) for name in names}
+        identity |= dict(tests=fingerprint(tests), weights=model_fingerprint(loaded[0][0]))
+        with lock(folder):
+            recall(folder, identity)
+            return evaluate(args, args.eval_only, *loaded[0], tests, folder)
+
+    # 3. the teacher, one for all runs in --out: it has the defaults of those settings that are the student's
+    rows = read_rows(fetch(f"{args.data}/raw.jsonl"), marks=marks)
+    check(len(rows) > args.dev_rows, "--data", f"{len(rows)} rows", "more than --dev-rows")
+    if taught and not args.teacher_ready:
+        data = pairs(rows[args.dev_rows:], [loaded[0][1]], args.max_prompt, args.max_length)
+        check_readable(loaded[0][0], [pair.s.ids for pair in data], "--max-length")  # later would be hours later
+        settings = build_parser().parse_args(["--method", "sft", "--student", args.teacher])
+        for name in """dev_rows max_prompt max_length max_new_tokens micro_batch eval_batch recompute
+                       save_every""".split():
+            setattr(settings, name, getattr(args, name))
+        settings.epochs, settings.lr = args.teacher_epochs, args.teacher_lr
+        teacher_rows = [row._replace(prompt=row.teacher_prompt or row.prompt) for row in rows]
+        folder = out / f"{Path(args.teacher).resolve().name}-tuned"
+        with lock(folder):
+            args.teacher = str(train(settings, teacher_rows, folder, loaded[1:]))
+        loaded[1] = load_model(args.teacher, device, precision(device))
+
+    # 4. the student
+    name = args.method + "-ga" * args.ga + f"-{args.div}" * (args.method != "sft")
     folder = out / f"{args.name or name}-{args.seed}"
-    return evaluate(args, train(args, folder, device, distiller), folder, tests, device)
+    with lock(folder):
+        best = train(args, rows, folder, loaded, distiller)
+        return evaluate(args, best, *load_model(best, device), tests, folder)
 
 def main(argv=None, parser=None, distiller=Distiller):
     """Runs a command line; returns what eval.json holds. parser, distiller: those of another method."""
     args = (parser or build_parser()).parse_args(argv)
     logging.disable_progress_bar()  # transformers' own
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know all characters
     try:
-        for name, value in vars(args).items():
-            for number in value if isinstance(value, list) else [value]:
-                if type(number) in (int, float):  # neither a text nor a switch
-                    usable = 0 < number < math.inf or (number == 0 and name in MAY_BE_ZERO)
-                    check(usable, "--" + name.replace("_", "-"), number,
-                          "a finite number over 0, or 0 where that has a meaning")
-        check(args.skew <= 1, "--skew", args.skew, "0 to 1")
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-        if "RANK" in os.environ:  # set by torchrun; the first process may save while the others wait
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+        check_settings(args)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if "RANK" in os.environ:
+            missing = {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+            check(not missing, "environment", f"RANK without {missing}", "torchrun's, or none of these")
+            dist.init_process_group(timeout=datetime.timedelta(hours=12))  # the first one may save for long
         result = experiment(args, device, distiller)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
         print(f"dskd_ga.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # at once: the other processes may be waiting for this one
         sys.exit(2)
     if dist.is_initialized():
-        dist.barrier()  # no process leaves while another still needs it
+        gather()  # no process leaves while another still needs it
         dist.destroy_process_group()
     return result
 

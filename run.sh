@@ -2,8 +2,8 @@
 # ./run.sh          sets up .venv and runs the demo: small tasks and models, made on the spot
 # ./run.sh test     sets up .venv and runs all tests; further arguments go to pytest
 # ./run.sh paper    sets up .venv and runs Table 1 of the paper on GPUS (default 4) GPUs
-# ./run.sh study    sets up .venv and runs all methods in the demo's setting and in another, JOBS (default 2) at a
-#                   time, with the training seeds SEEDS (default 10 20 30 40 50); hours
+# ./run.sh study    sets up .venv and runs the evidence of experiments/README.md, JOBS (default 2) at a time, with
+#                   the training seeds SEEDS (default 10 20 ... 200); on two cores about half a day
 # Start it again to go on: a run that has its eval.json is not repeated, any other goes on from its last save.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -24,21 +24,30 @@ once() {  # once FOLDER COMMAND...: nothing if the folder has its eval.json
     [ -f "$folder/eval.json" ] || "$@"
 }
 
-flags() {  # flags OUT: settings for small models, trained before, on the 400 rows in OUT/data
-    echo --out $1 --data $1/data --student $1/student-10/best --teacher $1/teacher-10/best --teacher-ready \
-        --tests seen=$1/data/seen.jsonl longer=$1/data/longer.jsonl --dev-rows 100 --batch-size 16 \
-        --micro-batch 16 --epochs 80 --lr 2e-3 --lr-projectors 2e-3 --dev-samplings 1 --eval-seeds 10 20 30 \
+shared() {  # shared OUT: what all runs on small models have in common
+    echo --out $1 --data $1/data --tests seen=$1/data/seen.jsonl longer=$1/data/longer.jsonl --dev-rows 100 \
+        --micro-batch 16 --lr 2e-3 --lr-projectors 2e-3 --dev-samplings 1 --eval-seeds 10 20 30 \
         --max-new-tokens 40 --no-repeat-ngram 0
 }
 
+flags() {  # flags OUT EPOCHS: for models that were trained before, on the 400 rows in OUT/data
+    echo $(shared $1) --student $1/student-10/best --teacher $1/teacher-10/best --teacher-ready \
+        --batch-size 16 --epochs $2
+}
+
+from_nothing() {  # from_nothing OUT: for untrained models, on the 4,000 rows in OUT/data
+    echo $(shared $1) --student $1/data/student --teacher $1/data/teacher --teacher-epochs 8 --teacher-lr 2e-3 \
+        --epochs 4
+}
+
 before() {  # before OUT NAME EPOCHS ROWS: trains OUT/data/NAME on the rows in OUT/data/ROWS
-    once $1/$2-10 $python dskd_ga.py $(flags $1) --method sft --batch-size 32 --epochs $3 --name $2 \
+    once $1/$2-10 $python dskd_ga.py $(shared $1) --method sft --epochs $3 --name $2 \
         --student $1/data/$2 --data $1/data/$4
 }
 
 greedy() {  # greedy OUT RUN: evaluates the run's student once more, without sampling
     local name=${2%-*}-greedy-${2##*-}
-    once $1/$name $python dskd_ga.py $(flags $1) --eval-only $1/$2/best --eval-temperature 0 --name $name
+    once $1/$name $python dskd_ga.py $(shared $1) --eval-only $1/$2/best --eval-temperature 0 --name $name
 }
 
 job=${1:-demo}
@@ -49,21 +58,16 @@ case $job in
         out=runs/demo
         [ -d $out/data/teacher-same ] || $python experiments/demo.py $out/data
         {   # on a second core; its output is in a file
-            before $out student 8 before-student
-            once $out/sft-10 $python dskd_ga.py $(flags $out) --method sft
-            greedy $out sft-10
+            before $out student 4 before-student
+            once $out/sft-10 $python dskd_ga.py $(flags $out 20) --method sft
         } > $out/beside.log 2>&1 &
-        before $out teacher 4 before-teacher
+        before $out teacher 2 before-teacher
         wait $! || tail $out/beside.log
-        {
-            once $out/cma-skl-10 $python dskd_ga.py $(flags $out)
-            greedy $out cma-skl-10
-        } >> $out/beside.log 2>&1 &
-        once $out/cma-ga-skl-10 $python dskd_ga.py $(flags $out) --ga
-        greedy $out cma-ga-skl-10
+        once $out/cma-skl-10 $python dskd_ga.py $(flags $out 20) >> $out/beside.log 2>&1 &
+        once $out/cma-ga-skl-10 $python dskd_ga.py $(flags $out 20) --ga
         wait $! || tail $out/beside.log
         $python experiments/chunks.py --figure $out/alignment.png $out/{cma-skl-10,cma-ga-skl-10}
-        $python experiments/report.py $(dirname $out/*/eval.json) --baseline sft ;;
+        $python experiments/report.py $out/{student,sft,cma-skl,cma-ga-skl,teacher}-10 --baseline sft ;;
     test) exec $python -m pytest -q "$@" ;;
     paper)
         train() { .venv/bin/torchrun --standalone --nproc_per_node="${GPUS:-4}" "$@"; }
@@ -87,47 +91,60 @@ case $job in
             experiments/results/paper.json --baseline cma-kl ;;
     study)
         export OMP_NUM_THREADS=1 python
-        for rows in few many; do
-            out=runs/$rows
-            [ -d $out/data/teacher-same ] || $python experiments/demo.py $out/data --rows $rows
-            before $out student 8 before-student
-            before $out teacher 4 before-teacher
-            before $out teacher-same 4 before-teacher
+        for rows in new few many; do
+            [ -d runs/$rows/data/teacher-same ] || $python experiments/demo.py runs/$rows/data --rows $rows
         done
-        train() {  # train OUT NAME-SEED SCRIPT FLAG...
-            local out=$1 run=$2 script=$3
+        for rows in few many; do
+            before runs/$rows student 8 before-student
+            before runs/$rows teacher 4 before-teacher
+            before runs/$rows teacher-same 4 before-teacher
+        done
+        train() {  # train SETTING NAME-SEED SCRIPT FLAG...
+            local out=runs/$1 run=$2 script=$3 settings
             shift 3
-            once $out/$run $python $script $(flags $out) --seed ${run##*-} "$@"
+            settings=$(flags $out 80)
+            [ $out != runs/new ] || settings=$(from_nothing $out)
+            once $out/$run $python $script $settings --seed ${run##*-} "$@"
             greedy $out $run
         }
-        export -f train flags once greedy
+        export -f train shared flags from_nothing once greedy
         {
-            for seed in ${SEEDS:-10 20 30 40 50}; do
-                for out in runs/few runs/many; do
-                    echo "$out sft-$seed dskd_ga.py --method sft"
-                    echo "$out kd-skl-$seed experiments/baselines.py --method kd --teacher $out/teacher-same-10/best"
-                    echo "$out uld-$seed experiments/baselines.py --method uld"
-                    echo "$out mined-$seed experiments/baselines.py --method mined"
-                    echo "$out clp-skl-$seed experiments/chunks.py --method clp"
-                    echo "$out cla-skl-$seed experiments/chunks.py --method cla"
-                    echo "$out cma-skl-$seed experiments/matching.py --match none"
-                    for match in ga ct unsaturated mmd; do
-                        echo "$out cma-$match-skl-$seed experiments/matching.py --match $match"
-                    done
-                    echo "$out cma-mmd10-skl-$seed experiments/matching.py --match mmd --kq-weight 10 --name cma-mmd10-skl"
-                    echo "$out cma-ga-nq-skl-$seed experiments/matching.py --match ga --normalise-queries"
+            for seed in ${SEEDS:-$(seq 10 10 200)}; do
+                for rows in new few many; do  # the primary comparison and the secondary ones
+                    echo "$rows sft-$seed dskd_ga.py --method sft"
+                    echo "$rows cma-skl-$seed dskd_ga.py"
+                    echo "$rows cma-ga-skl-$seed dskd_ga.py --ga"
                 done
-                for terms in ce_t2s kd_t2s kd_s2t "kd_t2s kd_s2t" "ce_t2s kd_t2s kd_s2t"; do
-                    name=cma-no_${terms// /-no_}-skl
-                    echo "runs/few $name-$seed experiments/matching.py --match none --without $terms"
+                for rows in new many; do  # controls: 100 steps of 500 and of 2,000
+                    share=0.2
+                    [ $rows = new ] || share=0.05
+                    echo "$rows cma-placebo-skl-$seed experiments/matching.py --match placebo"
+                    echo "$rows cma-early-skl-$seed experiments/matching.py --match early --until $share"
+                done
+            done
+            for seed in 10 20 30 40 50; do  # exploratory
+                for steps in 10:0.02 30:0.06 300:0.6; do
+                    echo "new cma-early${steps%:*}-skl-$seed experiments/matching.py --match early" \
+                        "--until ${steps#*:} --name cma-early${steps%:*}-skl"
+                done
+                echo "new cma-start-skl-$seed experiments/matching.py --match start"
+                for rows in few many; do
+                    echo "$rows kd-skl-$seed experiments/baselines.py --method kd --teacher runs/$rows/teacher-same-10/best"
+                    echo "$rows uld-$seed experiments/baselines.py --method uld"
+                    echo "$rows mined-$seed experiments/baselines.py --method mined"
+                    echo "$rows clp-skl-$seed experiments/chunks.py --method clp"
+                    echo "$rows cla-skl-$seed experiments/chunks.py --method cla"
+                    for match in ct unsaturated mmd; do
+                        echo "$rows cma-$match-skl-$seed experiments/matching.py --match $match"
+                    done
+                    echo "$rows cma-ga-nq-skl-$seed experiments/matching.py --match ga --normalise-queries"
                 done
             done
         } | xargs -P "${JOBS:-2}" -I LINE bash -euc 'set -- LINE; train "$@"'
-        for rows in few many; do
-            $python experiments/chunks.py $(dirname runs/$rows/{sft,kd,uld,mined,cl,cma}*/best)
-            $python experiments/report.py $(dirname runs/$rows/*/eval.json) --keep runs/$rows.json \
-                --baseline cma-skl sft --numbers entropy_s mmd probe mass correct_t2s entropy_t2s
+        for rows in new few many; do
+            $python experiments/chunks.py $(dirname runs/$rows/{sft,kd,uld,mined,cl,cma}*-*0/best)
+            $python experiments/report.py $(dirname runs/$rows/*/eval.json) --keep runs/$rows.json --baseline cma-skl sft
         done
-        $python experiments/pictures.py runs/{few,many}.json ;;
+        $python experiments/pictures.py runs/{new,few,many}.json ;;
     *) echo "run.sh: found $job, expected demo, test, paper or study" >&2; exit 2 ;;
 esac

@@ -1,31 +1,26 @@
-"""Tests of experiments/: oracles that loop, hand-made cases, properties, short runs."""
-import functools, hashlib, itertools, json, math, pathlib, random, re, shutil, sys, unicodedata
+"""Tests of experiments/: oracles that loop or are dense, hand-made cases, properties, short runs."""
+import collections, copy, hashlib, itertools, json, math, pathlib, shutil, sys, unicodedata
 from types import SimpleNamespace
-from unittest import mock
 
 import hypothesis
 import hypothesis.strategies as st
 import matplotlib.image
+import numpy as np
 import pytest
 import tokenizers
 import torch
-import torch.nn as nn
-import transformers
-from rapidfuzz.distance import Levenshtein
+import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-import baselines
-import chunks
-import demo
-import matching
-import pictures
-import report
-import dskd_ga, test_dskd_ga
-from test_dskd_ga import fixed_seed, gradients, same
+import baselines, chunks, demo, matching, pictures, report
+import dskd_ga
+from dskd_ga import Example
+from test_dskd_ga import fixed_seed, gradients, normal, padded, same
 
-S_LENGTHS, T_LENGTHS = [4, 2, 5], [3, 5, 1]
-NAN, MAP = float("nan"), torch.tensor([0, 3, -1, 3, 1, -1, 3])  # 7 teacher tokens onto some of 5
-END = (-1, -1)
+S_LENGTHS = [4, 2, 5]
+T_LENGTHS = [3, 5, 1]
+ROW = dskd_ga.Row("P", ["R"])
 RUNS = ["clp-skl-10", "cla-ga-skl-10", "cma-nq-skl-10"]
 
 @pytest.fixture(scope="module")
@@ -34,133 +29,165 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     demo.main([str(folder), "--rows", "new"])
     (folder / "few").mkdir()
-    lines = (folder / "raw.jsonl").read_text().splitlines(keepends=True)
-    (folder / "few/raw.jsonl").write_text("".join(lines[:60]))
+    lines = (folder / "raw.jsonl").read_text().splitlines()[:60]
+    first = json.loads(lines[0])
+    first["output"] = first["output"][0] + " <|endoftext|>\n"  # a mark, to be taken off
+    lines[0] = json.dumps(first)
+    (folder / "few/raw.jsonl").write_text("\n".join(lines))
     flags = (f"--data {folder}/few --student {folder}/student --teacher {folder}/teacher --out {folder} "
              f"--tests seen={folder}/seen.jsonl longer={folder}/longer.jsonl --eval-limit 3 --batch-size 8 "
              "--max-new-tokens 3 --dev-rows 12 --dev-samplings 1 --epochs 0.34 --teacher-ready").split()
     chunks.main([*flags, "--eval-seeds", "1", "2", "--method", "clp"])
     chunks.main([*flags, "--eval-seeds", "1", "2", "3", "--method", "cla", "--ga"])
-    dskd_ga.main([*flags, "--eval-seeds", "1", "--normalise-queries"])
+    matching.main([*flags, "--eval-seeds", "1", "--match", "none", "--normalise-queries"])
     return folder
 
-# ---- baselines.py and matching.py
-normal = functools.partial(test_dskd_ga.normal, grad=True)
-padded = lambda *rows: test_dskd_ga.padded(*rows)[0]
+# ---- baselines.py
+class Student(nn.Linear):
+    """All of a student that a loss asks for: a head (V, 4), and embeddings tied to it."""
 
-def no_gradient(value, leaves):
-    return all((g == 0).all() for g in gradients(value, leaves))
-
-def side(lengths, size, extra, chunk=None):
-    """A batch with random targets below size."""
-    targets = padded([torch.randint(size, (n,)) for n in lengths], -100, extra)
-    chunk = padded(list(map(torch.tensor, chunk)), -1, extra) if chunk else None
-    return dskd_ga.Side(inputs=targets, targets=targets, mask=targets >= 0, chunk=chunk)
-
-class Headed(nn.Linear):
-    """All of a student that a loss asks for."""
     def get_output_embeddings(self):
         return self
 
-def distiller(cls, size_s, size_t, flags="", d_s=4, d_t=3):
-    args = dskd_ga.build_parser().parse_args(flags.split())
-    args.without = []
-    teacher = SimpleNamespace(head=normal(size_t, d_t))
-    return cls(Headed(d_s, size_s, bias=False), teacher, args).double().eval()
+    def get_input_embeddings(self):
+        return self.weight
 
-def slow_kl(p, q):
-    return sum(a * (a / b).log() for a, b in zip(p, q) if a > 0)
+def distiller(cls, size_s, size_t, flags=""):
+    """A method, in float64, for vocabularies of these sizes; the teacher's width is 3."""
+    args = chunks.build_parser(("cma", "clp")).parse_args(flags.split())
+    teacher = SimpleNamespace(head=normal(size_t, 3, grad=True), embeddings=normal(size_t, 3))
+    return cls(Student(4, size_s, bias=False), teacher, args).double().eval()
 
-def slow_skl(z_s, z_t, skew=0.1):
-    p, q = (z_t / 1.5).softmax(0), (z_s / 1.5).softmax(0)
-    return slow_kl(p, skew * p + (1 - skew) * q)
+def side(lengths, size, extra, numbers=None):
+    """A batch with random tokens below size, extra positions of padding, and maybe chunk numbers."""
+    tokens, mask = padded([torch.randint(size, (n,)) for n in lengths], -100, extra)
+    if numbers:
+        numbers, _ = padded(list(map(torch.tensor, numbers)), -1, extra)
+    return dskd_ga.Side(inputs=tokens, targets=tokens, mask=mask, chunk=numbers)
 
-def slow_uld(z_s, z_t):
-    sides = [sorted(z.exp() / z.exp().sum(), key=lambda x: -x.item()) for z in (z_s, z_t)]
-    return sum(abs(a - b) for a, b in itertools.zip_longest(*sides, fillvalue=0.0))
+def states(lengths, width, extra):
+    """Rows of random states, and the batch of them, with nan under the padding."""
+    rows = [normal(n, width, grad=True) for n in lengths]
+    return rows, padded(rows, math.nan, extra)[0]
 
-def slow_mined(z_t, vocabulary, gold, matched, tau):
-    """A target distribution over 5 tokens."""
-    weights = torch.zeros(5, dtype=torch.float64)
-    for token in set(vocabulary) - {-1}:
-        weights[token] = (z_t[vocabulary.index(token)] / tau).exp()
-    return weights / weights.sum() if matched else nn.functional.one_hot(gold, 5).double()
+def agree(found, expected, leaves):
+    """Two losses have one value and one gradient."""
+    same(found, expected)
+    same(gradients(found, leaves), gradients(expected, leaves))
 
-@pytest.mark.parametrize("tau", [1.0, 2.0])
-def test_mined_targets(tau):
-    z_t, gold, matched = normal(4, 7), torch.tensor([0, 4, 2, 3]), torch.tensor([True, True, False, True])
-    found = baselines.mined_targets(z_t, MAP, gold, matched, 5, tau)
-    for row, *given in zip(found, z_t, gold, matched):
-        same((row / tau).softmax(0), slow_mined(given[0], MAP.tolist(), *given[1:], tau))
+def no_gradient(value, leaves):
+    return not any(g.any() for g in gradients(value, leaves))
+
+def ce(z, target):
+    return F.cross_entropy(z, target, reduction="sum")
+
+def kl(p, q):
+    return F.kl_div(q.log(), p, reduction="sum")
+
+def skl(z_s, z_t):
+    p, q = (z_t / 1.5).softmax(1), (z_s / 1.5).softmax(1)
+    return kl(p, 0.1 * p + 0.9 * q)
+
+def slow_kd(z_s, z_t, gold, matched):
+    size = min(z_s.shape[1], z_t.shape[1])
+    return skl(z_s[:, :size], z_t[:, :size])
+
+def slow_uld(z_s, z_t, gold, matched):
+    total = 0
+    for p, q in zip(z_s[matched].softmax(1), z_t[matched].softmax(1)):
+        p, q = sorted(p, reverse=True), sorted(q, reverse=True)
+        for a, b in itertools.zip_longest(p, q, fillvalue=0):
+            total = total + abs(a - b)
+    return total
+
+def slow_mined(z_s, z_t, gold, matched):
+    target = torch.zeros_like(z_s)
+    carried = z_t[:, [0, 1, 4]]  # the first that map to 0, 3, 1
+    target[:, [0, 3, 1]] = (carried / 1.5).softmax(1)
+    target[~matched] = F.one_hot(gold[~matched], 5).double()
+    return kl(target, (z_s / 1.5).softmax(1))
 
 # the teacher's position that each student position learns from
 PARTNERS = dict(kd=[[0, 1, 2, 3], [0, 1], [0, 1, 2, 3, 4]], uld=[[0, 1, 2, -1], [0, 1], [0, -1, -1, -1, -1]],
                 mined=[[2, -1, 0, 0], [-1, 4], [-1, -1, 0, -1, -1]])
 
-@pytest.mark.parametrize("method, size_t", [("kd", 5), ("uld", 7), ("uld", 3), ("mined", 7)])
-@pytest.mark.parametrize("extra", [0, 2])
-def test_losses_of_logits(method, size_t, extra):
-    lengths = S_LENGTHS if method == "kd" else T_LENGTHS
-    model = distiller(baselines.METHODS[method], 5, size_t, "--temperature 1.5")
-    model.vocabulary = MAP
-    rows_s, rows_t = [normal(n, 4) for n in S_LENGTHS], [normal(n, 3) for n in lengths]
-    s, t = side(S_LENGTHS, 5, extra, PARTNERS["mined"]), side(lengths, 7, 2 - extra)
-    out = model.distil(s, t, padded(rows_s, NAN, extra), padded(rows_t, NAN, 2 - extra))
-    W_s, W_t, ce, kd = model.student.weight, model.teacher.head, 0, 0
-    for b, row in enumerate(rows_s):
-        for h, gold, j in zip(row, s.targets[b], PARTNERS[method][b]):
-            z_s, z_t = W_s @ h, (W_t @ rows_t[b][j]).detach()
-            ce = ce - z_s.log_softmax(0)[gold]
-            if method == "mined":
-                p = slow_mined(z_t, MAP.tolist(), gold, j >= 0, 1.5)
-                kd = kd + slow_kl(p, (z_s / 1.5).softmax(0))
-            elif j >= 0:
-                kd = kd + (slow_uld(z_s, z_t) if method == "uld" else slow_skl(z_s, z_t))
-    same([out["ce"], out["kd"], out["loss"]], [ce, kd, (ce + kd) / 2])
-    same(gradients(out["loss"], [*rows_s, W_s]), gradients((ce + kd) / 2, [*rows_s, W_s]))
-    assert no_gradient(out["loss"], [*rows_t, W_t])
+@pytest.mark.parametrize("method, size_t, slow", [
+    ("kd", 5, slow_kd), ("kd", 7, slow_kd), ("kd", 3, slow_kd),  # heads may be padded to other sizes
+    ("uld", 7, slow_uld), ("uld", 3, slow_uld), ("mined", 7, slow_mined)])
+def test_losses_of_logits(method, size_t, slow):
+    model = distiller(baselines.METHODS[method], 5, size_t, "--temperature 1.5 --weights 0.7 9 0.2 9")
+    model.vocabulary = torch.tensor([0, 3, -1, 3, 1, -1, 3])  # mined's map
+    partners = PARTNERS[method]
+    t_lengths = S_LENGTHS if method == "kd" else T_LENGTHS
+    rows_s, h_s = states(S_LENGTHS, 4, 2)
+    rows_t, h_t = states(t_lengths, 3, 0)
+    s = side(S_LENGTHS, 5, 2, partners)
+    out = model.distil(s, side(t_lengths, 5, 0), h_s, h_t)
+    learnt = []
+    for row, numbers in zip(rows_t, partners):
+        learnt += [row[j] for j in numbers]
+        if method != "mined":  # counted from the response on: the prompts may differ
+            s_row = Example([8, *range(len(numbers))], 1)
+            t_row = Example([9, 9, *range(len(row))], 2)
+            assert model.annotate(ROW, s_row, t_row, None) == (numbers, None)
+    W_s, gold = model.student.weight, s.targets[s.mask]
+    matched = s.chunk[s.mask] >= 0
+    z_s = torch.cat(rows_s) @ W_s.T
+    z_t = torch.stack(learnt) @ model.teacher.head.T
+    kd = slow(z_s, z_t.detach(), gold, matched)
+    same(out["kd"], kd)
+    agree(out["loss"], 0.7 * ce(z_s, gold) + 0.2 * kd, [*rows_s, W_s])
+    assert no_gradient(out["loss"], [*rows_t, model.teacher.head])
 
 def test_dskd():
-    model = distiller(baselines.DSKD, 6, 5, "--temperature 1.5")
-    rows_s, rows_t = [normal(n, 4) for n in S_LENGTHS], [normal(n, 3) for n in S_LENGTHS]
+    model = distiller(baselines.DSKD, 6, 5, "--temperature 1.5 --weights 0.1 0.2 0.3 0.4")
+    rows_s, h_s = states(S_LENGTHS, 4, 2)
+    rows_t, h_t = states(S_LENGTHS, 3, 0)
     s = side(S_LENGTHS, 6, 2)
-    out = model.distil(s, side(S_LENGTHS, 5, 0), padded(rows_s, NAN, 2), padded(rows_t, NAN, 0))
-    W_s, W_t, target = model.student.weight, model.teacher.head, s.targets[s.mask]
+    out = model.distil(s, side(S_LENGTHS, 5, 0), h_s, h_t)
+    W_s, target = model.student.weight, s.targets[s.mask]
+    W_t = model.teacher.head.detach()
     h_s, h_t = torch.cat(rows_s), torch.cat(rows_t).detach()
-    z_s, z_t2s = h_s @ W_s.T, model.proj.t2s(h_t) @ W_s.detach().T
-    z_s2t, z_t = model.proj.s2t(h_s) @ W_t.detach().T, (h_t @ W_t.T).detach()
-    terms = [-z.log_softmax(1)[range(len(target)), target].sum() for z in (z_s, z_t2s)]
-    for z, fixed, skew in ((z_s, z_t2s.detach(), 0.1), (z_s2t, z_t, 0)):  # skl, kl
-        terms.append(sum(slow_skl(*row, skew) for row in zip(z, fixed)))
-    assert 0 < out["n_correct"] < len(target)  # so that counting only these would be noticed
-    same([out[name] for name in ("ce", "ce_t2s", "kd_t2s", "kd_s2t")], terms)
-    leaves = [*rows_s, W_s, *model.proj.parameters()]
-    same(gradients(out["loss"], leaves), gradients(sum(terms) / 2, leaves))
-    assert no_gradient(out["loss"], [*rows_t, W_t])
+    z_s = h_s @ W_s.T
+    z_t2s = model.proj.t2s(h_t) @ W_s.detach().T
+    p_t = (h_t @ W_t.T / 1.5).softmax(1)
+    q_s2t = (model.proj.s2t(h_s) @ W_t.T / 1.5).softmax(1)
+    kd_t2s, kd_s2t = skl(z_s, z_t2s.detach()), kl(p_t, q_s2t)
+    assert out["n_correct"] < len(target)  # but KD^{t->s} is at every position
+    same([out["kd_t2s"], out["kd_s2t"]], [kd_t2s, kd_s2t])
+    loss = 0.1 * ce(z_s, target) + 0.2 * ce(z_t2s, target) + 0.3 * kd_t2s + 0.4 * kd_s2t
+    agree(out["loss"], loss, [*rows_s, W_s, *model.proj.parameters()])
+    assert no_gradient(out["loss"], [*rows_t, model.teacher.head])
 
-def test_token_map():
-    rng = random.Random(0)
-    texts = ["".join(rng.choices("abĠñ", k=i % 5)) for i in range(50)]
-    s_texts, t_texts, expected = texts[:25], texts[25:], []
-    for text in t_texts:
-        distances = [Levenshtein.distance(text, other) for other in s_texts]
-        expected.append(distances.index(min(distances)))
-    assert baselines.token_map(s_texts, t_texts, block=3) == expected
-    assert baselines.token_map(["", "x" * 310], ["x" * 260, "yyy"]) == [1, 0]  # distances over 255
+def batch():
+    """Rows of states, and what a method that attends gets."""
+    s = side(S_LENGTHS, 5, 2, PARTNERS["uld"])  # any numbers will do
+    t = side(T_LENGTHS, 7, 1, [[0, 1, 1], [0, 0, 1, -2, -2], [0]])
+    rows, h_s = states(S_LENGTHS, 4, 2)
+    _, h_t = states(T_LENGTHS, 3, 1)
+    return rows, (s, t, h_s, h_t)
 
-def paths(n, m):
-    """All warping paths of n x m pairs."""
-    before = [shape for shape in ((n - 1, m - 1), (n - 1, m), (n, m - 1)) if min(shape)]
-    return [path + [(n - 1, m - 1)] for shape in before for path in paths(*shape)] or [[(0, 0)]]
-
-def test_warp():
-    for n, m in [(1, 1), (1, 4), (4, 4), (3, 5), (5, 2)] * 5:
-        cost = torch.rand(n, m).numpy()
-        best = min(paths(n, m), key=lambda path: sum(cost[pair] for pair in path))
-        assert sorted(zip(*baselines.warp(cost).nonzero())) == sorted(best)
+def test_optimal_transport():
+    model = distiller(baselines.OptimalTransport, 5, 7)
+    rows, given = batch()
+    out, plain = model.distil(*given), dskd_ga.Distiller.distil(model, *given)
+    loss = plain["loss"]
+    for h, h_t2s in zip(rows, plain["h_t2s"]):
+        h_t2s = h_t2s[:len(h)]
+        cost = 1 - F.cosine_similarity(h.unsqueeze(1), h_t2s, dim=2)
+        kernel = (-10 * cost.detach()).exp()
+        u = v = torch.ones(len(h), dtype=torch.float64)
+        for _ in range(20):  # Sinkhorn's own form
+            u = 1 / (kernel @ v)
+            v = 1 / (kernel.T @ u)
+        plan = u.unsqueeze(1) * kernel * v
+        loss = loss + 0.5 * (plan * cost).sum()
+    agree(out["loss"], loss, [*rows, *model.parameters()])
+    same(0.5 * out["ot"], (loss - plain["loss"]).detach())
 
 class Pieces(list):
     """A tokenizer as far as `annotate` sees it."""
+
     def convert_ids_to_tokens(self, ids):
         return [self[i] for i in ids]
 
@@ -168,176 +195,192 @@ def test_mined_matches_what_the_map_sends_to_the_very_token():
     student = Pieces([":", "▁there", "12345", "▁abcd", "efgh", "-----", "▁x", None, "end"])
     teacher = Pieces([".", "Ġthere", "123", "45", "Ġabcdefgh", "-----", "y", "them", "last"])
     model = distiller(baselines.MinED, 9, 11)  # the teacher's head is larger than its tokenizer
+
     def numbers(s_read, t_read):
-        s, t = dskd_ga.Example([8, *s_read, 8], 2), dskd_ga.Example([8, 8, *t_read, 8], 3)
+        s_ids = list(map(int, s_read))
+        t_ids = list(map(int, t_read))
+        s = Example([8, *s_ids, 8], 2)
+        t = Example([8, 8, *t_ids, 8], 3)
         return model.annotate(None, s, t, [student, teacher])
+
     # read are  ":"  "12345"     "▁there"  "▁abcd" "efgh"  "-----" "-----"  "▁x"
     # partners  "."  "123" "45"  "Ġthere"  "Ġabcdefgh"     "-----"          "y"
     # of equals the first: the map sends "." and "y" to ":". The one partner of "efgh" goes to "▁abcd".
-    found = numbers([0, 2, 1, 3, 4, 5, 5, 6], [0, 2, 3, 1, 4, 5, 6])
-    assert found == ([0, -1, 3, 4, -1, 5, 5, -1], [0, -2, -2, 3, 4, 5, -2])
+    assert numbers("02134556", "0231456") == ([0, -1, 3, 4, -1, 5, 5, -1], [0, -2, -2, 3, 4, 5, -2])
     # "▁abcd" "-----" "efgh" and "45" "." "." "-----": were the mark a letter, nothing would be matched
-    assert numbers([3, 5, 4], [3, 0, 0, 5]) == ([-1, 3, -1], [-2, -2, -2, 3])
+    assert numbers("354", "3005") == ([-1, 3, -1], [-2, -2, -2, 3])
     assert model.vocabulary.tolist() == model.nearest == [0, 1, 2, 0, 3, 5, 0, 1, 0, -1, -1]
+    assert baselines.token_map(["", "x" * 310], ["x" * 260, "yyy"], block=1) == [1, 0]  # distances over 255
 
-def slow_ct(critic, q, k):
-    """The halves of eq. (15) for one sequence, sums over its queries and over its keys."""
-    cost = 1 - critic.critic(q) @ critic.critic(k).T
-    weight = (critic.navigator(q) @ critic.navigator(k).T).exp()
-    to_keys, to_queries = [(cost * weight).sum(axis) / weight.sum(axis) for axis in (1, 0)]
-    return to_keys.sum() / 2, to_queries.sum() / 2
-
-@pytest.mark.parametrize("counts", [(10, 20), ()])
-def test_ct_loss(counts):
+# ---- matching.py
+def test_ct_loss():
     critic = matching.Critic(6, hidden=5).double().eval()
-    q, k = [normal(n, 6) for n in S_LENGTHS], [normal(n, 6) for n in T_LENGTHS]
-    batch = padded(q, NAN, 2), padded(k, NAN, 0), side(S_LENGTHS, 2, 2).mask, side(T_LENGTHS, 2, 0).mask
-    found, terms = matching.ct_loss(critic, *batch, *counts)
-    ct_q, ct_k = map(sum, zip(*map(slow_ct, [critic] * 3, q, k)))
-    n_s, n_t = counts or (sum(S_LENGTHS), sum(T_LENGTHS))
-    expected = ct_q / n_s + ct_k / n_t
-    same([found, terms["ct_q"], terms["ct_k"]], [expected, ct_q, ct_k])
-    down, up = [*q, *critic.navigator.parameters()], list(critic.critic.parameters())
-    same(gradients(found, down), gradients(expected, down))  # P_Q and the navigator descend
-    same(gradients(-found, up), gradients(expected, up))     # the critic ascends
-    assert no_gradient(found, k)
+    masks = side(S_LENGTHS, 2, 2).mask, side(T_LENGTHS, 2, 0).mask
+    rows_q, q = states(S_LENGTHS, 6, 2)
+    rows_k, k = states(T_LENGTHS, 6, 0)
+    found, terms = matching.ct_loss(critic, q, k, *masks, 10, 20)
+    ct_q = ct_k = 0
+    for q_row, k_row in zip(rows_q, rows_k):
+        cost = 1 - critic.critic(q_row) @ critic.critic(k_row).T
+        nearness = critic.navigator(q_row) @ critic.navigator(k_row).T
+        ct_q = ct_q + 0.5 * (cost * nearness.softmax(1)).sum()
+        ct_k = ct_k + 0.5 * (cost * nearness.softmax(0)).sum()
+    expected = ct_q / 10 + ct_k / 20
+    same([terms["ct_q"], terms["ct_k"]], [ct_q / 10, ct_k / 20])
+    descend = [*rows_q, *critic.navigator.parameters()]
+    ascend = list(critic.critic.parameters())
+    agree(found, expected, descend)
+    same(gradients(-found, ascend), gradients(expected, ascend))
+    assert no_gradient(found, rows_k)
+    alone, _ = matching.ct_loss(critic, q, k, *masks)  # divided by its own counts
+    same(alone, ct_q / sum(S_LENGTHS) + ct_k / sum(T_LENGTHS))
 
-def test_unsaturated_leaves_d_its_loss_and_gives_p_q_the_other_one():
-    model = distiller(matching.Unsaturated, 5, 7, "--ga")
-    s, t, q, k = side([2, 5], 5, 1), side([3, 4], 7, 0), normal(2, 6, 6), normal(2, 4, 6)
-    loss, terms = model.match(q, k, s, t, 28, 60)
-    eq14, expected = dskd_ga.ga_loss(model.disc, q, k, s.mask, t.mask, 28, 60)
+def matched(match):
+    """A method of matching.py, and what its `match` gets, of divisors other than the counts."""
+    model = distiller(matching.MATCHES[match], 5, 7, "--ga")
+    model.args.match, model.args.until = match, 0.3
+    s, t = side([2, 5], 5, 1), side([3, 4], 7, 0)
+    q = normal(2, 6, 6, grad=True)
+    k = normal(2, 4, 6, grad=True)
+    return model, (q, k, s, t, 28, 60)
+
+@pytest.mark.parametrize("match, progress, reached", [
+    ("early", 0.0, 1), ("early", 0.29, 1), ("early", 0.3, 0), ("placebo", 0.0, 0), ("unsaturated", 0.5, 1)])
+def test_variants_of_ga_leave_d_its_loss(match, progress, reached):
+    model, (q, k, s, t, n_s, n_t) = matched(match)
+    model.progress = progress
+    loss, terms = model.match(q, k, s, t, n_s, n_t)
+    eq14, expected = dskd_ga.ga_loss(model.disc, q, k, s.mask, t.mask, n_s, n_t)
     weights = list(model.disc.parameters())
     same(terms, expected)
     same(gradients(loss, weights), gradients(eq14, weights))
-    # -log(1 - D(q)) of each real query, by hand: log of 1 + e^z
-    fooled = sum(torch.log1p(model.disc(q[b, i]).exp()) for b, i in s.mask.nonzero().tolist()) / 28
-    same(gradients(loss, [q]), gradients(fooled, [q]))
+    if match == "unsaturated":  # -log(1 - D(q)), by hand: log of 1 + e^z
+        z_q = model.disc(q[s.mask])
+        eq14 = torch.log1p(z_q.exp()).sum() / n_s
+    same(gradients(loss, [q]), gradients(eq14 * reached, [q]))
     assert no_gradient(loss, [k])
 
 def test_mmd_moves_queries_to_keys():
-    model = distiller(matching.MMD, 5, 7, "--ga")
-    s, t, q, k = side([2, 5], 5, 1), side([3, 4], 7, 0), normal(2, 6, 6), normal(2, 4, 6)
-    loss, terms = model.match(q + 3, k, s, t, 28, 60)
-    same(loss, chunks.mmd((q + 3)[s.mask], k[t.mask]) * 7 / 28)
-    same(terms["mmd_q"], loss.detach() * 28)
-    (gradient,) = gradients(loss, [q])
-    assert gradient[s.mask].sum() > 0 and not gradient[~s.mask].any() and no_gradient(loss, [k])
+    model, (q, k, s, t, *counts) = matched("mmd")
+    loss, terms = model.match(q, k, s, t, *counts)
+    mmd = chunks.mmd(q[s.mask], k[t.mask])
+    same(loss, mmd * 7 / 28)
+    same(terms["mmd_q"], loss.detach())
+    assert not no_gradient(loss, [q]) and no_gradient(loss, [k])
 
-def test_terms_are_left_out(data, tmp_path):
-    left = ["ce_t2s", "kd_s2t"]
-    more = ["--match", "none", "--without", *left, "--div", "kl", "--lr", "1e-9", "--lr-projectors", "1e-9"]
-    matching.main([*flags(data, tmp_path, "teacher"), *more])
-    line = json.loads((tmp_path / "cma-no_ce_t2s-no_kd_s2t-kl-10/log.jsonl").read_text().splitlines()[0])
-    assert line["loss"] == pytest.approx((line["ce"] + line["kd_t2s"]) / 2, abs=1e-5)
-    assert 0 < line["mass"] < 1 and line["ce_t2s"] > 1 and "D_q" not in line
+def test_normalised_queries_are_those_that_attend_and_that_are_matched():
+    model = distiller(chunks.Chunks, 5, 7, "--normalise-queries")
+    _, given = batch()
+    s, t, *_ = given
+    out = model.distil(*given)
+    e_input, e_target = dskd_ga.embed(model.student.weight, s)
+    q = model.proj.query(torch.cat([e_input, e_target], -1))
+    q = dskd_ga.std_normalise(q, s.mask)
+    allowed = s.mask.unsqueeze(2) & t.mask.unsqueeze(1)
+    a_t2s, _ = dskd_ga.cross_model_attention(q, out["k"], allowed)
+    same([out["q"], out["a_t2s"]], [q, a_t2s.detach()])
+    inside = chunks.same_chunk(s, t)
+    same(out["mass"], out["a_t2s"][inside].sum())
 
-def flags(data, out, teacher):
+# ---- runs of baselines.py and matching.py
+def flags(data, out, teacher="teacher"):
     models = f"--student {data}/student --teacher {data}/{teacher} --teacher-ready"
     return f"""{models} --data {data}/few --out {out} --tests seen={data}/seen.jsonl --div srkl --dev-rows 8
         --batch-size 8 --micro-batch 4 --epochs 0.34 --lr 1e-3 --dev-samplings 1 --eval-seeds 1 --eval-limit 2
         --max-new-tokens 2""".split()
 
-@pytest.mark.parametrize("method, name", [
-    ("kd", "kd-srkl"), ("dskd", "dskd-srkl"), ("uld", "uld"), ("mined", "mined"), ("none", "cma-srkl"),
-    ("ct", "cma-ct-srkl"), ("unsaturated", "cma-unsaturated-srkl"), ("mmd", "cma-mmd-srkl")])
-def test_a_step(data, tmp_path, monkeypatch, method, name):
+@pytest.mark.parametrize("method, name, term", [
+    ("kd", "kd-srkl", "kd"), ("dskd", "dskd-srkl", "kd_s2t"), ("uld", "uld", "kd"), ("mined", "mined", "kd"),
+    ("ot", "ot-srkl", "ot"), ("none", "cma-srkl", "mass"), ("ct", "cma-ct-srkl", "ct_k"),
+    ("unsaturated", "cma-unsaturated-srkl", "D_q"), ("mmd", "cma-mmd-srkl", "mmd_q"),
+    ("placebo", "cma-placebo-srkl", "D_q"), ("early", "cma-early-srkl", "D_q"),
+    ("start", "cma-start-srkl", "mass")])
+def test_a_step_moves_every_parameter(data, tmp_path, monkeypatch, method, name, term):
     module, classes, flag = matching, matching.MATCHES, "--match"
     if method in baselines.METHODS:
         module, classes, flag = baselines, baselines.METHODS, "--method"
+    teacher = "teacher-same" if "kd" in method else "teacher"
     starts = []
+
     class Watched(classes[method]):
         def __init__(self, *args):
             super().__init__(*args)
-            starts.append((self, [parameter.detach().clone() for parameter in self.parameters()]))
+            starts.append((self, copy.deepcopy(self.state_dict())))
 
     monkeypatch.setitem(classes, method, Watched)
-    module.main([flag, method, *flags(data, tmp_path, "teacher-same" if "kd" in method else "teacher")])
-    for (key, parameter), before in zip(starts[0][0].named_parameters(), starts[0][1]):
-        assert not torch.equal(parameter, before), key
-    line = json.loads((tmp_path / f"{name}-10" / "log.jsonl").read_text().splitlines()[0])
-    terms = [line[term] for term in ("ce", "kd", "ce_t2s", "kd_t2s", "kd_s2t") if term in line]
-    assert len(terms) == (2 if method in ("kd", "uld", "mined") else 4)
-    kq = sum(line.get(name, 0) for name in ("ct_q", "ct_k", "mmd_q"))
-    assert method == "unsaturated" or line["loss"] == pytest.approx(sum(terms) / 2 + kq, abs=1e-4)
+    monkeypatch.setattr(dskd_ga, "precision", lambda device: torch.bfloat16)  # as on a GPU
+    module.main([flag, method, *flags(data, tmp_path, teacher)])
+    (model, before), = starts
+    for key, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[key]), key
+    log = (tmp_path / f"{name}-10" / "log.jsonl").read_text()
+    line = json.loads(log.splitlines()[0])
+    assert line[term] > 0 and ("D_q" in line) == (term == "D_q")
 
-@pytest.mark.parametrize("method, teacher, more, message", [
-    ("kd", "teacher", [], "--teacher, tokens of its head: found 4"),
-    ("dskd", "teacher", [], "--teacher: found other tokens in the row"),
-    ("dskd", "teacher-same", ["--ga"], "--ga"),
-    ("uld", "teacher", ["--normalise-queries"], "--normalise-queries")])
-def test_refusals(data, tmp_path, capsys, method, teacher, more, message):
-    with pytest.raises(SystemExit) as error:
-        baselines.main(["--method", method, *flags(data, tmp_path, teacher), *more])
-    printed = capsys.readouterr().err
-    assert error.value.code == 2 and message in printed and printed.count("\n") == 1
+def test_start_gives_queries_the_keys_mean_and_scale_once(data, tmp_path, monkeypatch):
+    outs, original = [], matching.Start.distil
 
-# ---- chunks.py, report.py and demo.py
-def chunk_walk(s_spans, t_spans):
-    """The side that is behind moves on; where both sides end, but not inside a character, a chunk closes."""
-    result = torch.zeros(len(s_spans), len(t_spans), dtype=torch.bool)
-    s_text, t_text = [span for span in s_spans if span != END], [span for span in t_spans if span != END]
-    inside = lambda text, n: n + 1 < len(text) and text[n + 1][0] < text[n][1]
-    i = j = first_i = first_j = 0
-    while i < len(s_text) and j < len(t_text):
-        s_end, t_end = s_text[i][1], t_text[j][1]
-        if s_end < t_end or s_end == t_end and inside(s_text, i):
-            i += 1
-        elif t_end < s_end or inside(t_text, j):
-            j += 1
-        else:
-            result[first_i:i + 1, first_j:j + 1] = True
-            i, j = first_i, first_j = i + 1, j + 1
-    if END in s_spans and END in t_spans:
-        result[-1, -1] = True
-    return result
+    def recorded(self, *given):
+        if len(outs) == 6:  # in the second run, after its first step
+            raise KeyboardInterrupt
+        outs.append(original(self, *given))
+        return outs[-1]
 
-def test_chunk_numbers_are_the_chunk_walk():
-    rng = random.Random(0)
-    for _ in range(300):
-        # of each byte, its character: tokens are runs of bytes, so they also end inside characters
-        character = [c for c in range(rng.randint(1, 12)) for _ in range(rng.choice((1, 1, 2, 3)))]
-        n, sides = len(character), []
-        for _ in range(2):
-            cuts = [0, *sorted(rng.sample(range(1, n), rng.randrange(n))), n]
-            spans = [(character[a], character[b - 1] + 1) for a, b in zip(cuts, cuts[1:])] + [END]
-            sides.append(spans[:rng.randrange(1, len(spans))] if rng.random() < 0.3 else spans)
-        s, t = chunks.chunk_numbers(*sides)
-        assert torch.equal(torch.tensor(s)[:, None] == torch.tensor(t), chunk_walk(*sides)), sides
-        assert min(s) >= -1 and -1 not in t
+    more = "--match start --batch-size 52 --micro-batch 26 --epochs 2".split()  # a step has all rows
+    whole, killed = [[*flags(data, tmp_path / name), *more] for name in ("whole", "killed")]
+    monkeypatch.setattr(matching.Start, "distil", recorded)
+    matching.main(whole)
+    with pytest.raises(KeyboardInterrupt):
+        matching.main(killed)
+    monkeypatch.setattr(matching.Start, "distil", original)
+    matching.main(killed)
+    first, second = [torch.load(path)["model"] for path in tmp_path.glob("*/*/state.pt")]
+    same(first, second, 0)
+    moments = []
+    for name in ("q", "k"):
+        means, squares = [], []  # of the rows of step 1, which has two micro-batches
+        for x in [*outs[0][name], *outs[1][name]]:  # (n, 2 d_t), 0 on padding
+            means.append(x[x.any(1)].mean(0))
+            squares.append(x[x.any(1)].square().sum(1).mean())
+        mean = torch.stack(means).mean(0)
+        moments.append([mean, torch.stack(squares).mean() - mean.square().sum()])
+    same(moments[0], moments[1], 1e-4)
 
-@pytest.mark.parametrize("s_text, s_count, t_text, t_count, s_chunk, t_chunk", [
-    ("03 35 58", 4, "02 25 58", 4, [0, 0, 1, 2], [0, 0, 1, 2]),          # many to many
-    ("01 12 12", 4, "01 12 12", 4, [0, 1, 1, 2], [0, 1, 1, 2]),          # a character that both sides split
-    ("02 24 36", 4, "02 24 46", 4, [0, 1, 1, 2], [0, 1, 1, 2]),          # a token goes on in that character
-    ("03 47", 3, "03 37", 3, [0, 1, 2], [0, 1, 2]),                      # a space that is in no span
-    ("01 12 23 34", 3, "02 23 34", 3, [0, 0, 1], [0, 1, -2]),            # truncated: one side has lost text
-    ("01 12 23 34", 3, "02 24", 3, [0, 0, -1], [0, -2, -2]),
-    ("01 12 12 12 23", 3, "01 12 12 23", 3, [0, -1, -1], [0, -2, -2])])  # truncated inside a character
-def test_rows_are_cut_into_chunks(s_text, s_count, t_text, t_count, s_chunk, t_chunk):
-    spans = []  # "13" is the span (1, 3)
+@pytest.mark.parametrize("main, command, message", [
+    (baselines.main, "--method kd", "--teacher: found other tokens in the row"),
+    (baselines.main, "--method dskd", "--teacher: found other tokens in the row"),
+    (baselines.main, "--method dskd --ga", "--ga: found dskd"),
+    (chunks.main, "--method clp --ga", "--ga or --normalise-queries: found clp"),
+    (chunks.main, "--normalise-queries", "--ga or --normalise-queries: found clp"),
+    (chunks.main, "--figure x", "--figure: found no RUN"), (chunks.main, "none", "none/eval.json")])
+def test_bad_input_is_one_line(data, tmp_path, capsys, main, command, message):
+    given = command.split() + flags(data, tmp_path)
+    with pytest.raises(SystemExit, match="^2$"):
+        main(given)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+# ---- chunks.py and demo.py
+@pytest.mark.parametrize("s_text, s_length, t_text, t_length, s_chunk, t_chunk", [
+    ("03 35 58", 4, "02 25 58", 4, "0 0 1 2", "0 0 1 2"),          # many to many
+    ("01 12 12", 4, "01 12 12", 4, "0 1 1 2", "0 1 1 2"),          # a character that both sides split
+    ("02 24 36", 4, "02 24 46", 4, "0 1 1 2", "0 1 1 2"),          # a token goes on in that character
+    ("03 47", 3, "03 37", 3, "0 1 2", "0 1 2"),                    # a space that is in no span
+    ("01 12 23 34", 3, "02 23 34", 3, "0 0 1", "0 1 -2"),          # truncated: one side has lost text
+    ("01 12 23 34", 3, "02 24", 3, "0 0 -1", "0 -2 -2"),
+    ("01 12 12 12 23", 3, "01 12 12 23", 3, "0 -1 -1", "0 -2 -2")])  # truncated inside a character
+def test_chunks_by_hand(s_text, s_length, t_text, t_length, s_chunk, t_chunk):
+    sides = []
     for text in (s_text, t_text):
-        spans.append(dict(offset_mapping=[(int(start), int(end)) for start, end in text.split()]))
-    tokenizer = mock.Mock(eos_token="<end>", side_effect=spans)
-    sides = [mock.Mock(count=count) for count in (s_count, t_count)]
-    assert chunks.annotate(dskd_ga.Row("P", ["abcd<end>"]), *sides, [tokenizer] * 2) == [s_chunk, t_chunk]
-    assert tokenizer.call_args.args == ("abcd",)
-
-def chunk_texts(path, output, sides, limit):
-    """The text of all chunks of a row, and their number; of each, the text is the same on both sides."""
-    path.write_text(json.dumps(dict(prompt="P", output=output)))
-    rows, texts = dskd_ga.read_rows(path), []
-    for example, tokenizer in zip(dskd_ga.pairs(rows, sides, 9, limit, chunks.annotate)[0], sides):
-        ids_of = {}
-        for token, number in zip(example.ids[example.start:], example.chunk, strict=True):
-            ids_of.setdefault(number, []).append(token)
-        texts.append({number: tokenizer.decode(ids) for number, ids in ids_of.items() if number >= 0})
-    assert texts[0] == texts[1] and list(texts[0]) == sorted(texts[0])
-    return "".join(texts[0].values()), len(texts[0])
+        spans = [list(map(int, span)) for span in text.split()]  # "13" is the span from 1 to 3
+        sides.append([*spans, (-1, -1)])
+    numbers = chunks.chunk_numbers(*sides, (s_length, t_length))
+    for found, expected in zip(numbers, (s_chunk, t_chunk)):
+        assert found == list(map(int, expected.split()))
 
 WORDS = ["한국어", "naïve café", "ṩ", "你好，世界", "😀👍🏽", "a\u0323\u0301b", "ﬁ", "हिन्दी", "1 12\n", "\u1100\u1161"]
-ROWS = [dict(text=" ".join(words)) for words in (WORDS, WORDS[::-1], demo.NOUNS)] * 3
-TRAINED = demo.train_tokenizer(ROWS, 300, False), demo.train_tokenizer(ROWS, 360, True)
+TEXTS = [" ".join(words) for words in (WORDS, WORDS[::-1], demo.NOUNS)] * 3
+TRAINED = demo.train_tokenizer(TEXTS, 300, False), demo.train_tokenizer(TEXTS, 360, True)
 TRAINED[1].backend_tokenizer.normalizer = tokenizers.normalizers.NFC()  # as Qwen's tokenizers have
 
 @hypothesis.settings(max_examples=150, deadline=None, database=None, derandomize=True)
@@ -345,207 +388,269 @@ TRAINED[1].backend_tokenizer.normalizer = tokenizers.normalizers.NFC()  # as Qwe
     words=st.lists(st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"])), min_size=1),
     form=st.sampled_from(["NFC", "NFD", "NFKC", "NFKD"]), limit=st.sampled_from([5, 12, 30, 9999]))
 def test_any_text_in_any_normal_form_has_chunks_of_one_text(tmp_path_factory, words, form, limit):
-    text = unicodedata.normalize(form, "|".join(words)) or "|"
-    found, _ = chunk_texts(tmp_path_factory.getbasetemp() / "row.jsonl", text, TRAINED, limit)
+    path = tmp_path_factory.getbasetemp() / "row.jsonl"
+    text = unicodedata.normalize(form, "|".join(words)) + "|"
+    path.write_text(json.dumps(dict(prompt="P", output=text)))
+    rows, sides = dskd_ga.read_rows(path), []
+    (pair,) = dskd_ga.pairs(rows, TRAINED, 9, limit, chunks.annotate)
+    for example, tokenizer in zip(pair, TRAINED):
+        tokens = {}
+        response = example.ids[example.start:]
+        for token, number in zip(response, example.chunk, strict=True):
+            if number >= 0:
+                tokens.setdefault(number, []).append(token)
+        sides.append({number: tokenizer.decode(ids) for number, ids in tokens.items()})
+    left, right = sides
+    assert left == right and list(left) == sorted(left)
+    found = "".join(left.values())
     whole = unicodedata.normalize("NFC", text) + "<|endoftext|>"
     assert whole.startswith(found) and (found == whole or limit < 999)
 
 def test_attention_stays_inside_chunks():
-    sides, vectors = [], []
-    for n, chunk in ((4, [[0, 0, 1, -1, 0], [0] * 5]), (2, [[0, 1, 1, 1, 0], [0, 0, 0, -2, -2]])):
-        mask = torch.arange(5) < torch.tensor([[n], [7 - n]])
-        x = torch.randn(*mask.shape, 3, dtype=torch.float64)
-        vectors.append(x.masked_fill(~mask[:, :, None], math.nan))
-        sides.append(dskd_ga.Side(inputs=mask, targets=mask, mask=mask, chunk=torch.tensor(chunk)))
-    for method in ("clp", "cla"):
-        maps = chunks.align(method, *vectors, *sides)
-        for a, (x, y), (left, right) in zip(maps, (vectors, vectors[::-1]), (sides, sides[::-1])):
-            expected = torch.zeros_like(a)
-            for b, i in left.mask.nonzero().tolist():
-                allowed = right.mask[b] & (right.chunk[b] == left.chunk[b, i])
-                scores = (y[b, allowed] @ x[b, i] / math.sqrt(3)) * (method == "cla")
-                expected[b, i, allowed] = scores.softmax(0)
-            torch.testing.assert_close(a, expected, rtol=1e-12, atol=1e-12)
+    _, (s, t, *_) = batch()
+    rows_q, q = states(S_LENGTHS, 3, 2)
+    rows_k, k = states(T_LENGTHS, 3, 1)
+    for method, b in itertools.product(chunks.METHODS, (0, 1, 2)):
+        n, m = S_LENGTHS[b], T_LENGTHS[b]
+        apart = s.chunk[b, :n].unsqueeze(1) != t.chunk[b, :m]
+        scores = rows_q[b] @ rows_k[b].T / math.sqrt(3)
+        if method == "clp":
+            scores = 0 * scores
+        scores = scores.masked_fill(apart, -math.inf)
+        a_t2s, a_s2t = chunks.align(method, q, k, s, t)
+        same(a_t2s[b, :n, :m], scores.softmax(1).nan_to_num())
+        same(a_s2t[b, :m, :n], scores.T.softmax(1).nan_to_num())
+        assert not a_t2s[b, n:].any() and not a_s2t[b, m:].any()
+    clp = distiller(chunks.Chunks, 5, 7, "--method clp")  # asks nothing: several processes need to know that
+    assert not clp.proj.query.weight.requires_grad and clp.proj.t2s.weight.requires_grad
 
 def test_alignment_numbers_by_hand():
-    torch.manual_seed(0)
-    q, k = torch.randn(7, 3), torch.randn(3, 3)
-    chunk = lambda *rows: torch.tensor(rows) > 0
+    q, k = torch.randn(7, 2), torch.randn(4, 2)
+    q[:3] += 5  # a probe of these does not find the others
     a = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.0, 1.0]])
-    first = q[:3], k[:2], a, chunk([1, 0], [0, 1], [0, 1]), torch.tensor([5, 5, 6])
-    second = q[3:], k[2:], torch.ones(4, 1), chunk([1], [1], [1], [0]), torch.tensor([7, 8, 8, 8])
-    entropy = 1.5 * math.log(2) + 0.75 * math.log(4 / 3)  # of (3/4, 1/4) and of (1/2, 1/2)
-    square = torch.cat([q, k]).double().unsqueeze(1).sub(torch.cat([q, k])).square().sum(2)
-    kernel = torch.exp(-square / square.median())
-    mmd = (kernel[:7, :7].sum() - 7) / 42 + (kernel[7:, 7:].sum() - 3) / 6 - 2 * kernel[:7, 7:].mean()
-    numbers = chunks.alignment_numbers(iter([first, second]))  # the last position is in no chunk
-    assert 0 <= numbers.pop("probe") <= 1 and "probe" not in chunks.alignment_numbers([first])
-    assert numbers == pytest.approx(dict(
-        mass=(0.75 + 0.5 + 1 + 3) / 6, mass_repeated=(0.75 + 0.5 + 1 + 1) / 4, mass_once=1.0,
-        top=(1 + 0 + 1 + 3) / 6, top_once=1.0, top_repeated=3 / 4,
-        entropy=entropy / 6, entropy_once=0.0, entropy_repeated=entropy / 4, mmd=mmd.item(),
-        norm_q=sum(map(torch.norm, q)).item() / 7, norm_k=sum(map(torch.norm, k)).item() / 3,
-        mean_gap=(q.mean(0) - k.mean(0)).norm().item()), rel=1e-4)
+    inside = torch.tensor([[1, 0], [0, 1], [0, 1]]) > 0
+    first = q[:3], k[:2], a, inside, torch.tensor([5, 5, 6])
+    a = torch.ones(4, 2) / 2
+    inside = torch.tensor([[1, 1], [1, 1], [1, 1], [0, 0]]) > 0
+    second = q[3:], k[2:], a, inside, torch.tensor([7, 8, 8, 8])  # the last position is in no chunk
+    first_two = 1.5 * math.log(2) + 0.75 * math.log(4 / 3)  # entropy of (3/4, 1/4) and of (1/2, 1/2)
+    expected = dict(
+        mass=5.25 / 6, mass_repeated=3.25 / 4, mass_once=1,
+        top=5 / 6, top_repeated=3 / 4, top_once=1,
+        entropy=first_two / 6 + math.log(2) / 2,
+        norm_q=q.norm(dim=1).mean(), norm_k=k.norm(dim=1).mean(),
+        mean_gap=torch.dist(q.mean(0), k.mean(0)),
+        mmd=chunks.mmd(q, k),
+        probe=chunks.probe(q[:3], k[:2], q[3:], k[2:]))
+    numbers = chunks.alignment_numbers(iter([first, second]))
+    for name, number in expected.items():
+        assert numbers[name] == pytest.approx(float(number), rel=1e-5), name
 
-def test_queries_like_keys_have_no_mmd_and_cannot_be_told_apart(monkeypatch):
-    torch.manual_seed(0)
-    sets = [(torch.randn(9, 5), torch.randn(7, 5)) for _ in range(40)]
-    rest = torch.ones(9, 7) / 7, torch.ones(9, 7) > 0, torch.ones(9)
-    same = chunks.alignment_numbers((q, k, *rest) for q, k in sets)
-    apart = chunks.alignment_numbers((q + 3, k, *rest) for q, k in sets)
-    assert abs(same["mmd"]) < 0.01 and abs(same["probe"] - 0.5) < 0.1 and "mass_once" not in same
-    assert apart["mmd"] > 0.3 and apart["probe"] > 0.95
-    column = lambda *values: torch.tensor(values)[:, None]
-    # by hand: the line crosses 0 at 2.0, as the mean of +1, +1, -1 is not 0
-    assert chunks.probe(column(4.0, 4.0), column(0.0), column(2.1, 1.9, 3, 3), column(1.9, 0)) == 0.875
+def test_measures_by_hand(monkeypatch):
+    def column(*numbers):
+        return torch.tensor([numbers]).T
+
+    found = chunks.mmd(column(0.0, 2.0), column(1.0)).item()  # squared distances 0, 4, 1, of median 1
+    assert found == pytest.approx(math.exp(-4) - 2 * math.exp(-1))
+    # the line crosses 0 at 2.0, as the mean of +1, +1, -1 is not 0
+    found = chunks.probe(column(4.0, 4.0), column(0.0), column(2.1, 1.9, 3.0, 3.0), column(1.9, 0.0))
+    assert found == 0.875
+    z = torch.tensor([[0.5, 0.25, 0.25]]).log() + 7
+    expected = [math.log(4), 1.5 * math.log(2), 0]
+    same(chunks.predictions(z, torch.tensor([1])), torch.tensor([expected]), 1e-5)
     monkeypatch.setattr(chunks, "MOST", 100)  # beyond the cap, evenly spaced vectors stand for all
-    assert torch.equal(chunks.some([torch.arange(250), torch.arange(250, 401)]), torch.arange(0, 401, 5))
+    rows = torch.arange(401).split(250)
+    assert chunks.some(rows).tolist() == list(range(0, 401, 5))
 
-def test_the_demo_has_its_rows_and_clp_its_chunks(data):
-    rows = [(data / f"{name}.jsonl").read_bytes() for name in ("raw", "seen", "longer")]
-    assert hashlib.sha256(b"".join(rows)).hexdigest()[:8] == "2721a43d"
-    sources = [str(data / name) for name in ("student", "teacher", "teacher-same")]
-    models, toks = zip(*[dskd_ga.load_model(source, chunks.CPU) for source in sources])
-    student, teacher, same = [tokenizer.get_vocab() for tokenizer in toks]
-    assert student == same and "12" in "".join(student) and not re.search(r"\d\d", " ".join(teacher))
-    teacher = mock.Mock(embeddings=models[1].get_input_embeddings(), head=dskd_ga.head_of(models[1]))
-    model = chunks.Chunks(models[0], teacher, dskd_ga.build_parser(chunks.METHODS).parse_args([]))
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert frozen == {"proj.query.weight", "proj.query.bias"}
-    pairs = dskd_ga.pairs(dskd_ga.read_rows(data / "raw.jsonl", 3), toks[:2], annotate=model.annotate)
-    s, t = [dskd_ga.collate(side, chunks.CPU) for side in zip(*pairs)]
-    out = model.distil(s, t, torch.randn(*s.mask.shape, 64), torch.randn(*t.mask.shape, 160))
-    inside = (s.chunk[:, :, None] == t.chunk[:, None]) & s.mask[:, :, None] & t.mask[:, None]
-    assert torch.equal(out["a_t2s"] > 0, inside) and torch.equal(out["a_s2t"] > 0, inside.mT)
-
-def test_predictions_by_hand():
-    z = torch.tensor([[0.25, 0.25, 0.5], [0.9, 0.05, 0.05]], dtype=torch.float64).log() + 7
-    entropies = [1.5 * math.log(2), -0.9 * math.log(0.9) - 0.1 * math.log(0.05)]
-    expected = [[math.log(4), entropies[0], 0], [-math.log(0.9), entropies[1], 1]]
-    same(chunks.predictions(z, torch.tensor([0, 0])), torch.tensor(expected, dtype=torch.float64))
+def test_the_demo_has_its_rows(data):
+    digest = hashlib.sha256()
+    for name in ("raw.jsonl", "seen.jsonl", "longer.jsonl"):
+        digest.update((data / name).read_bytes())
+    assert digest.hexdigest()[:8] == "2721a43d"
 
 def test_finished_runs_are_analysed(data, capsys, monkeypatch):
+    path = data / RUNS[0] / "args.json"
+    content = json.loads(path.read_text())
+    del content["args"]["normalise_queries"], content["args"]["weights"]  # an older run
+    path.write_text(json.dumps(content))
     outs, losses = [], dskd_ga.dual_space_losses
-    record = lambda *args, **options: outs.append(losses(*args, **options)) or outs[-1]
-    monkeypatch.setattr(dskd_ga, "dual_space_losses", record)
-    chunks.main([*[str(data / name) for name in RUNS], "--figure", str(data / "heat.png")])
-    lines = capsys.readouterr().out.splitlines()
-    numbers = [json.loads((data / name / "numbers.json").read_text()) for name in RUNS]
-    assert [line.split(" | ")[0] for line in lines] == [str(data / name) for name in RUNS]
-    for line, found in zip(lines, numbers):
-        assert f"mmd {found['mmd']:.3f}" in line.split(" | ")
-    assert [x["mass"] for x in numbers[:2]] == pytest.approx([1, 1]) and numbers[2]["mass"] < 0.7
-    assert numbers[2]["norm_q"] == pytest.approx(numbers[2]["norm_k"], rel=0.05)  # --normalise-queries
-    # the dev rows' 12 responses of the last run, by transformers' own loss and by the training objective
-    tokens = transformers.AutoTokenizer.from_pretrained(data / RUNS[2] / "best")
-    model = transformers.AutoModelForCausalLM.from_pretrained(data / RUNS[2] / "best").eval()
-    count, total = 0, 0.0
-    for row in dskd_ga.read_rows(data / "few/raw.jsonl", 12):
-        prompt, response = tokens(row.prompt)["input_ids"], tokens(row.references[0])["input_ids"] + [0]
-        labels = torch.tensor([[-100] * len(prompt) + response])
-        total += model(torch.tensor([prompt + response]), labels=labels).loss.item() * len(response)
-        count += len(response)
-    assert numbers[2]["ce_s"] == pytest.approx(total / count, rel=1e-4)
-    for name, sums in (("ce_t2s", "ce_t2s"), ("correct_t2s", "n_correct")):
-        total = sum(out[sums].item() for out in outs[-12:])
-        assert numbers[2][name] == pytest.approx(total / count, rel=1e-4)
+
+    def recorded(proj, *args, **options):
+        outs.append(losses(proj, *args, **options) | dict(proj=proj.state_dict()))
+        return outs[-1]
+
+    monkeypatch.setattr(dskd_ga, "dual_space_losses", recorded)
+    folders = [str(data / name) for name in RUNS]
+    chunks.main([*folders, "--figure", str(data / "heat.png")])
+    numbers = []
+    for folder, line in zip(folders, capsys.readouterr().out.splitlines(), strict=True):
+        found = json.loads(pathlib.Path(folder, "numbers.json").read_text())
+        assert line.startswith(f"{folder} | ") and f" | mmd {found['mmd']:.3f} | " in line
+        numbers.append(found)
+    clp, cla, cma = numbers
+    assert clp["mass"] == pytest.approx(1) == cla["mass"] and cma["mass"] < 0.7
+    assert cma["norm_q"] == pytest.approx(cma["norm_k"], rel=0.05)  # --normalise-queries
+    same(dict(outs[-1]["proj"]), torch.load(data / RUNS[2] / "best/projectors.pt"))
+    totals = collections.Counter()
+    for out in outs[-12:]:  # of cma's dev rows
+        totals.update(ce_s=out["ce"], ce_t2s=out["ce_t2s"], correct_t2s=out["n_correct"])
+        totals["count"] += out["a_t2s"].sum()
+    for name in ("ce_s", "ce_t2s", "correct_t2s"):
+        assert cma[name] == pytest.approx(float(totals[name] / totals["count"]), rel=1e-4)
+    run = chunks.read_run(data / RUNS[0])
+    assert "endoftext" not in run.tokenizers[0].decode(run.pair.s.ids[:-1])  # the row's mark is off
     picture = matplotlib.image.imread(data / "heat.png")[:, :, :3]
-    assert (picture[0, 0] == 1).all() and picture.mean() > 0.7  # dark on white
-    assert (abs(picture - (1, 0.498, 0.055)).max(2) < 0.02).sum() > 500  # the chunks' outlines
+    distance = abs(picture - (1, 0.498, 0.055)).max(2)
+    orange = distance < 0.02
+    assert orange.sum() > 500 and picture.mean() > 0.7  # the chunks' outlines, on white
 
-def run(name, seed, scores, rows, **numbers):  # scores: of sampling seeds, by test set
-    *_, last = scores.values()
-    return report.Run(name, seed, scores | dict(OOD=last, All=last), rows, numbers)
+# ---- report.py and pictures.py
+def run(name, seed, score, rows=(1, 2), **more):  # score: All, the mean of two samplings
+    return report.Run(name, seed, dict(s=[0], All=[score - 1, score + 1]), dict(s=rows), **more)
 
-def test_a_report_keeps_training_and_sampling_seeds_apart():
-    rows = dict(seen=[1.0, 2.0], longer=[3.0])
-    runs = [run("sft", 1, dict(seen=[1, 3], longer=[6, 6]), rows),
-            run("sft", 2, dict(seen=[5, 6, 7], longer=[6, 8, 7]), rows),  # one sampling more
-            run("b", 1, dict(seen=[4, 4], longer=[2, 4]), rows, mass=0.25, top=0.5)]
-    low, high = report.bootstrap(runs[:2], runs[2:])
-    # sft on `seen`: runs of mean 2 and 6, of variance 2 and 1
-    assert report.table(runs, "b").splitlines() == [
-        "| ROUGE-L | seeds | seen | longer | All | less b | mass | top |", "|" + " --- |" * 8,
-        "| sft | 2 | 4.00 ± 2.83 (1.22) | 6.50 ± 0.71 (0.71) | 6.50 ± 0.71 (0.71) | "
-        f"+3.50 [{low:+.2f}, {high:+.2f}] |  |  |",
-        "| b | 1 | 4.00 (0.00) | 3.00 (1.41) | 3.00 (1.41) |  | 0.25 | 0.50 |"]
-    # to the right of it the same without sampling, where there is any, against the same
-    runs.append(run("a", 1, dict(seen=[1], longer=[1]), rows))
-    for name, score in (("b", 7), ("a", 5)):
-        runs.append(run(f"{name}-greedy", 1, dict(seen=[score], longer=[1]), rows))
-    cells = [line.split(" | ") for line in report.table(runs, "b", numbers=["top"]).splitlines()]
-    assert cells[0][6:] == ["seen, greedy", "longer, greedy", "All, greedy", "less b, greedy", "top |"]
-    assert [line[0][2:] for line in cells[2:]] == ["sft", "b", "a"] and {len(line) for line in cells} == {11}
-    assert cells[2][6:] == ["", "", "", "", " |"] and cells[3][6:] == ["7.00", "1.00", "1.00", "", "0.50 |"]
-    assert cells[4][6:9] == ["5.00", "1.00", "1.00"] and cells[4][9].startswith("+0.00 [")
-    with pytest.raises(dskd_ga.InputError, match="sft: found seed 1 twice"):
-        report.table([*runs, runs[0]])
-    with pytest.raises(dskd_ga.InputError, match="rows of c: found"):
-        report.table([*runs, run("c", 1, dict(t=[1]), dict(t=[1]))])
+def runs(*texts):  # "sft 1:2.5 3:4": All of sft by training seed
+    found = []
+    for text in texts:
+        name, *scores = text.split()
+        found += [run(name, *map(float, score.split(":"))) for score in scores]
+    return found
 
-def test_the_papers_numbers_are_a_file_of_runs():
-    ood = (6.01, 22.36, 16.87, 27.77, 13.44, 14.40, 14.11, 16.95, 17.00, 16.55, 17.32, 16.46, 14.46, 16.68)
-    paper = report.read_runs(pathlib.Path(report.__file__).parent / "results/paper.json")
-    assert [x.rougeL["OOD"][0] for x in paper] == pytest.approx(ood, abs=0.011)
-    one = {name: [1.0] for name in paper[0].rougeL if name not in ("OOD", "All")}
-    cma = run("cma-kl", None, one, one)
-    header, _, mine, *lines = report.table([cma, *paper], "cma-kl").splitlines()
-    assert header == "| ROUGE-L | seeds | Dolly | SelfInst | Vicuna | S-NI | UnNI | OOD | All | less cma-kl |"
-    assert mine.startswith("| cma-kl | 1 | 1.00 |") and len(lines) == 14
-    assert lines[-1] == "| paper: cma-ga-kl | 1 | 24.92 | 11.17 | 15.84 | 18.19 | 21.50 | 16.68 | 18.32 |  |"
+def keep(path, found):
+    path.write_text(json.dumps([one._asdict() for one in found]))
+    return str(path)
 
-def test_curves_and_pictures(data, tmp_path):
-    for seed, end in itertools.product((1, 2), ("", "-greedy")):
-        folder = shutil.copytree(data / RUNS[2], tmp_path / f"cma-skl{end}-{seed}")
-        lines = [dict(step=step, loss=1, ce=seed * step / 8, D_q=1, D_k=0) for step in (10, 20, 110, 200)]
-        lines.insert(3, dict(step=111, dev_rougeL=50.12345))
-        (folder / "log.jsonl").write_text("" if end else "\n".join(map(json.dumps, lines)))
-    report.main([*map(str, tmp_path.iterdir()), "--keep", str(tmp_path / "kept.json")])
-    page = pictures.figure.Figure
-    with mock.patch.object(page, "savefig", autospec=True, side_effect=page.savefig) as save:
-        pictures.main([str(tmp_path / "kept.json")])
-    page = save.call_args.args[0]  # its panels: scores; dev ROUGE-L, CE, nothing as none is logged, D(q), D(k)
-    points = [[line.get_xydata().tolist() for line in axes.lines] for axes in page.axes[1:4]]
-    assert points == [[[[111, 50.123]]], [[[10, 1.875], [20, 3.75], [200, 37.5]]], []]  # of both seeds
-    assert [axes.get_visible() for axes in page.axes] == [True, True, True, False, True, True]
-    assert matplotlib.image.imread(tmp_path / "kept.png").mean() > 0.9
+def printed(capsys, *argv):
+    report.main(list(map(str, argv)))
+    return [line[2:-2] for line in capsys.readouterr().out.splitlines()]
 
-def test_bootstrap_intervals():
-    rng = random.Random(1)
-    base = [rng.gauss(40, 20) for _ in range(400)]
-    def one(seed, by, noise=0):
-        return run("x", seed, dict(s=[0]), dict(s=[score + by + noise * rng.gauss(0, 1) for score in base]))
-    # what both share cancels, so a shift of every row is certain: paired by row, and by seed
-    assert report.bootstrap([one(2, 8), one(1, 2)], [one(1, 0), one(2, 6)]) == pytest.approx([2, 2])
-    low, high = report.bootstrap([one(1, 0, 5)], [one(1, 0, 5)])  # of independent noise: as of a mean
-    assert high - low == pytest.approx(2 * 1.96 * 5 * math.sqrt(2 / 400), rel=0.1)
-    # means of two draws out of two runs 6 apart are 0, 3 or 6 off
-    assert report.bootstrap([one(1, 0), one(2, 6)], [one(1, 1)]) == pytest.approx((-1, 5))
-    low, high = [run("x", 1, dict(t=[0]), dict(s=[1] * 9, t=[b] * 2)) for b in (1, 5)]
-    assert report.bootstrap([high], [low]) == pytest.approx([2, 2])  # sets count alike, whatever their sizes
+def refused(capsys, message, *argv):
+    with pytest.raises(SystemExit, match="^2$"):
+        printed(capsys, *argv)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
-def test_finished_runs_are_reported_and_bad_input_is_one_line(data, tmp_path, capsys):
-    kept = tmp_path / "kept.json"  # has the table's numbers without the predictions
-    report.main([*[str(data / name) for name in RUNS], "--baseline", "clp-skl", "--keep", str(kept)])
-    printed = capsys.readouterr().out
-    report.main([str(kept), "--baseline", "clp-skl"])
-    assert capsys.readouterr().out == printed
-    found = report.read_runs(kept)[1]  # the mean over its seeds, row by row and of all rows
-    for test_set, rows in found.rows.items():
-        files = (data / RUNS[1] / "predictions").glob(f"{test_set}-*.json")
-        seeds = [json.loads(path.read_text())["rougeL"] for path in files]
-        assert len(seeds) == 3 and rows == pytest.approx([sum(row) / 3 for row in zip(*seeds)], abs=0.051)
-        assert sum(rows) / len(rows) == pytest.approx(sum(found.rougeL[test_set]) / 3, abs=0.051)
-    assert re.search(r"^\| clp-skl \| 1 \| .*\n\| cla-ga-skl \| 1 \| ", printed, re.M)
-    (tmp_path / "eval.json").write_text("{}")
-    for main, flags, message in (
-            (report.main, [tmp_path], "'rougeL'"), (report.main, ["none"], "none: found FileNotFoundError"),
-            (report.main, [data / RUNS[0], "--baseline", "x"], "--baseline: found x, expected one of clp"),
-            (chunks.main, ["--method", "clp", "--ga"], "--ga or --normalise-queries: found clp"),
-            (chunks.main, ["--normalise-queries"], "--ga or --normalise-queries: found clp"),
-            (chunks.main, ["--figure", "x"], "--figure: found no RUN"),
-            (chunks.main, ["none"], "none/eval.json"), (demo.main, [tmp_path / "eval.json"], "File exists")):
-        with pytest.raises(SystemExit, match="^2$"):
-            main(list(map(str, flags)))
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
+T_1, T_2 = 12.706, 4.303  # Student's t from a table: 97.5 %, one and two degrees of freedom
+SHARED, APART = T_2 / math.sqrt(3), T_2 * math.sqrt(2)  # half the interval of 1, 2, 3; of two twos, 2 apart
+
+@pytest.mark.parametrize("ours, theirs, mean, half, over", [
+    ("1:1 2:12 3:23", "3:20 2:10 1:0", 2, SHARED, "3/3"),  # by seed, not by place
+    ("1:-1 2:11 3:23", "1:0 2:10 3:20", 1, 2 * SHARED, "2/3"),
+    ("1:1 2:13", "1:0 2:10", 2, T_1, "2/2"),
+    ("1:99 2:1 3:13", "2:0 3:10 4:-99", 2, T_1, "2/2"),  # they share a part of their seeds
+    ("1:1 2:3", "3:4 4:6", -3, APART, "n 2, 2"),
+    ("1:1 2:3", "2:4 4:6", -3, APART, "n 2, 2"),  # a single pair has no spread
+    ("1:1 2:3", "3:4.999 4:5 5:5.001", -3, T_1, "n 2, 3")])  # Welch's: nearly all spread is of the two
+def test_intervals_over_training_seeds_by_hand(ours, theirs, mean, half, over):
+    low, high, found = report.interval(runs("a " + ours), runs("b " + theirs))
+    assert [low, high] == pytest.approx([mean - half, mean + half], abs=0.01) and found == over
+
+def test_with_one_training_run_the_interval_is_over_test_rows():
+    one = run("a", 1, 50, (11, 32, 53))
+    two = [run("b", 1, 0, (10, 20, 50)), run("b", 2, 0, (10, 40, 50))]
+    low, high, over = report.interval([one], two)  # 1, 2, 3 ahead of the mean over both
+    assert [low, high] == pytest.approx([2 - SHARED, 2 + SHARED], abs=0.001) and over == "rows"
+    for other in (one, *two):  # a second set, with 5 and 7 ahead, counts as much as the first
+        other.rows["t"] = [5, 7] if other is one else [0, 0]
+    (low, high, _), half = report.interval(two, [one]), math.hypot(SHARED, T_1) / 2
+    assert [low, high] == pytest.approx([-4 - half, -4 + half], abs=0.001)
+
+def test_a_table_keeps_training_and_sampling_seeds_apart(tmp_path, capsys):
+    def one(name, seed, seen, longer, **numbers):
+        scores = dict(seen=seen, longer=longer, OOD=longer, All=longer)
+        return report.Run(name, seed, scores, dict(seen=[1, 2], longer=[3, 4]), numbers)
+
+    found = [one("sft", 1, [1, 3], [6, 6]), one("sft", 2, [5, 6, 7], [6, 8, 7]),
+             one("b", 1, [4, 4], [2, 4], mass=0.25, top=0.5), one("b", 2, [4, 4], [2, 5], top=0.75),
+             one("b-greedy", 1, [7], [1])]
+    kept = keep(tmp_path / "x.json", found)
+    lines = printed(capsys, kept, "--baseline", "b", "--numbers", "top")
+    assert lines[0] == ("ROUGE-L | seeds | seen | longer | All | less b | "
+                        "seen, greedy | longer, greedy | All, greedy | less b, greedy | top")
+    # sft on `seen`: runs of mean 2 and 6, of variance 2 and 1; on All 3 and 3.5 ahead, so 3.25 ± t / 4
+    assert lines[2] == ("sft | 2 | 4.00 ± 2.83 (1.22) | 6.50 ± 0.71 (0.71) | 6.50 ± 0.71 (0.71) | "
+                        "+3.25 [+0.07, +6.43] 2/2 |  |  |  |  | ")
+    assert lines[3].endswith("3.25 ± 0.35 (1.80) |  | 7.00 | 1.00 | 1.00 |  | 0.62 ± 0.18")
+    refused(capsys, "--baseline: found x, expected one of sft, b, b-greedy", kept, "--baseline", "x")
+    refused(capsys, "sft: found seed 1 twice", kept, kept)
+    other = found[0]._replace(name="c", rows=dict(seen=[1], longer=[3, 4]))
+    refused(capsys, "rows of c: found", kept, keep(tmp_path / "c.json", [other]))
+    refused(capsys, "none: found FileNotFoundError", "none")
+
+def test_a_summary_has_a_line_a_setting_and_what_the_paper_reports(tmp_path, capsys):
+    found = runs("cma-ga-skl 1:3 2:5 3:4", "cma-skl 1:2 2:4.1 3:2.9", "sft 1:9 2:13 3:11",
+                 "cma-ga-skl-greedy 1:1 2:5", "cma-skl-greedy 1:0 2:2")
+    single = [run("cma-ga-skl", 1, 3, (2, 5)), run("cma-skl", 1, 2, (1, 3))]
+    files = keep(tmp_path / "new.json", found), keep(tmp_path / "demo.json", single)
+    lines = printed(capsys, "--summary", *files)
+    assert lines[0].startswith("All, f is skl | CMA-GA less CMA | CMA-GA less CMA, greedy | CMA-GA less SFT")
+    assert lines[2:5] == [  # 1, 0.9, 1.1 ahead, greedily 1 and 3; 6, 8, 7 and 7, 8.9, 8.1 behind
+        "new | +1.00 [+0.75, +1.25] 3/3 ahead | +2.00 [-10.71, +14.71] 2/2 level | "
+        "-7.00 [-9.48, -4.52] 0/3 behind | -8.00 [-10.37, -5.63] 0/3 behind | 2.0",
+        "demo | +1.50 [-4.85, +7.85] rows |  |  |  | ",  # one training run has no verdict
+        "the paper | OOD +0.37, where f of CMA is srkl; All 16.40 to 18.32, where f is kl |  |  |  | "
+        "not given"]
+
+def write_run(folder, *scores, **settings):
+    """A finished run on a test set of four rows; scores: of each sampling seed."""
+    prompts = ["Compare 12 and 13", "Which is larger, 1 or 2?", "Compare 5 and 6", "Say in reverse: lake"]
+    rows = [[f"Task: {prompt}\nAnswer:\n", ["x"], None] for prompt in prompts]
+    (folder / "predictions").mkdir(parents=True)
+    for seed, values in enumerate(scores):
+        dskd_ga.write_json(folder / f"predictions/s-{seed}.json", rows=rows, rougeL=values)
+    means = np.mean(scores, 1).tolist()
+    args = dict(eval_seeds=[0, 1], eval_temperature=1) | settings
+    dskd_ga.write_json(folder / "eval.json", args=args, rougeL=dict(s=means, All=means))
+    (folder / "log.jsonl").write_text('{"step": 100, "ce": 1.23456}\n{"step": 110, "ce": 1}\n'
+                                      '{"step": 200, "ce": 2}\n{"step": 210, "dev_rougeL": 50}\n')
+    return folder
+
+def test_tasks_are_kept_and_one_that_differs_much_between_seeds_is_a_lottery(tmp_path, capsys):
+    folders, kept = [], tmp_path / "kept.json"
+    for seed, first in ((1, 10), (2, 34)):  # in the mean over samplings; so "Compare" is 5 and 17 ahead
+        folders.append(write_run(tmp_path / f"cma-skl-{seed}", [1, 20, 3, 0], [3, 20, 5, 0]))
+        ours = [first, 20, 3, seed], [first + 4, 20 + seed, 5, seed]
+        folders.append(write_run(tmp_path / f"cma-ga-skl-{seed}", *ours))
+    printed(capsys, *folders, "--keep", kept)
+    assert printed(capsys, "--tasks", "s", kept)[2:5] == [
+        "Compare (2 rows) | +11.00 [-65.24, +87.24] 2/2 level |  |  |  | 8.5, a lottery",
+        "Which is larger (1 rows) | +0.75 [-2.43, +3.93] 2/2 level |  |  |  | 0.4",
+        "Say in reverse (1 rows) | +1.50 [-4.85, +7.85] 2/2 level |  |  |  | 0.7"]
+    assert report.read_runs(kept)[0].curves == dict(ce=[[100, 1.235], [200, 2]], dev_rougeL=[[210, 50]])
+    keep(kept, runs("sft 1:1 2:2"))  # as former versions did, without tasks
+    refused(capsys, "--tasks: found s, expected", kept, "--tasks", "s")
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(eval_seeds=[1, 0]), "s: [2.0, 3.5] in eval.json, [3.5, 2.0] in predictions/"),
+    (dict(eval_temperature=0), "s: [2.0, 3.5] in eval.json, [2.0] in predictions/"),
+    (dict(eval_seeds=[0, 7]), "sft-10/predictions/s-7.json")])
+def test_scores_that_are_not_the_means_of_the_rows_are_refused(tmp_path, capsys, settings, message):
+    folder = write_run(tmp_path / "sft-10", [1, 2, 2, 3], [3, 4, 3, 4], **settings)
+    refused(capsys, message, folder)
+
+def test_kept_runs_have_the_table_of_the_finished_ones(data, tmp_path, capsys):
+    kept = tmp_path / "kept.json"
+    lines = printed(capsys, *[data / name for name in RUNS], "--baseline", "clp-skl", "--keep", kept)
+    assert lines[2].startswith("clp-skl | 1 | ") and " rows" in lines[3]
+    assert printed(capsys, kept, "--baseline", "clp-skl") == lines
+
+def test_pictures(tmp_path):
+    found = runs("cma-skl 1:1 2:2 3:3", "cma-kl 1:-1 2:-1", "teacher 1:50", "sft 1:0 2:3 3:3",
+                 "cma-ga-kl 1:3 2:5", "sft-greedy 1:9 2:9")
+    for seed in (1, 2, 3):
+        curves = dict(D_q=[[10, seed / 4], [100, 1]], D_k=[[10, 0.25]])
+        found.append(run("cma-ga-skl", seed, 3 * seed, curves=curves))
+    found.append(run("cma-mmd-skl", 4, 0, curves=dict(D_q=[[10, 0.75]])))
+    panel, curves = pictures.figure.Figure().subplots(2)
+    pictures.draw_differences(panel, report.by_name(found))
+    labels = [label.get_text() for label in panel.get_yticklabels()]
+    assert labels == ["sft 1/3", "cma-ga-skl 3/3", "cma-ga-kl 2/2"]  # each less CMA of its f, sorted
+    bar, seeds = [line.get_xdata() for line in panel.lines[2:4]]
+    assert list(bar) == pytest.approx([4 - 2 * SHARED, 4, 4 + 2 * SHARED], abs=0.001)
+    assert list(seeds) == [2, 4, 6]
+    pictures.draw_discriminator(curves, report.by_name(found))
+    points = [line.get_xydata().tolist() for line in curves.lines]
+    assert points == [[[10, 0.75]], [[10, 0.5], [100, 1]], [[10, 0.25]]]  # means over seeds
+    colours = [line.get_color() for line in [*panel.lines[1:3], *curves.lines]]
+    assert colours == ["0.6", "C1", "0.6", "C1", "C1"] and curves.get_xscale() == "log"
+    pictures.main([keep(tmp_path / "new.json", found), keep(tmp_path / "few.json", found[:3])])
+    assert matplotlib.image.imread(tmp_path / "discriminator.png")[:, 900:].min() == 1  # few has no curves
