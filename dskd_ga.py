@@ -41,6 +41,7 @@ from collections import Counter, defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import ZipFile
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -354,7 +355,10 @@ def load_model(source, device, dtype=torch.float32):  # source: a folder or hub 
         model = model.to(device).eval().requires_grad_(False)  # a vision tower, say, gets no gradient
         model.get_decoder().requires_grad_(True)
         head = model.get_output_embeddings().requires_grad_(True)
-        ends = {end, *np.ravel(model.generation_config.eos_token_id).tolist()} - {None}  # its own, too
+        stops = model.generation_config.eos_token_id  # a list stops it, too, or a single special token:
+        if not isinstance(stops, list):  # a config's default may be any token, such as a quotation mark
+            stops = [stops] if stops in tokenizer.added_tokens_decoder else []
+        ends = {end, *stops}
         # a trial of what all else relies on: equal up to 5 %, and no nan
         ids = torch.tensor([[end, 1, 2] + 9 * [end]], device=device)
         (hidden,), (longer,) = trunk(model, ids[:, 1:3]), trunk(model, ids[:, 1:])
@@ -376,9 +380,10 @@ def load_model(source, device, dtype=torch.float32):  # source: a folder or hub 
     except Exception as error:
         raise InputError(f"{source}: {error!r}") from error
 
-def end_marks(model, tokenizer):  # the texts of the tokens that stop it, such as "</s>"
+def end_marks(model, tokenizer):  # the texts of the tokens that stop it
     added = tokenizer.added_tokens_decoder
-    return [str(added[token]) for token in model.generation_config.eos_token_id if token in added]
+    marks = [str(added[token]) for token in model.generation_config.eos_token_id if token in added]
+    return list(filter(None, marks))
 
 def check_readable(model, sequences, flags, more=0):  # lists of ids, `more` tokens after each; flags to lower
     longest, highest = max(map(len, sequences), default=0) + more, max(map(max, sequences), default=0)
@@ -408,6 +413,9 @@ class Example(NamedTuple):  # a row as one model reads it, with n response token
 class Pair(NamedTuple):  # a row as student and teacher read it; without a teacher (sft) t is None
     s: Example
     t: Example = None
+
+# end marks besides the models' own, so that rows are the same whichever models are loaded
+END_MARKS = "<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"
 
 def fetch(source):  # a local path, or ORG/DATASET/FILE of the hub, which is downloaded once
     if os.path.exists(source) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*/.+", source):
@@ -588,8 +596,15 @@ def write_state(path, state):
     def save(fresh):
         with open(fresh, "wb") as file:  # whose errors say what is wrong with the disk
             torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # before it takes the old one's place
 
     replace(path, save)
+
+def write_log(folder, state, *lines):  # adds the lines to the state's log, and writes it
+    state["log"] += lines
+    text = "".join(json.dumps(line) + "\n" for line in state["log"])
+    replace(folder / "log.jsonl", lambda fresh: fresh.write_text(text))
 
 def save_best(model, tokenizer, folder):  # for transformers' `from_pretrained`; and the projectors
     model.student.save_pretrained(folder)
@@ -630,15 +645,17 @@ def recall(folder, identity):  # identity: a dict
     path = folder / "state.pt"
     if not path.exists():
         check(not (folder / "best").exists(), folder, "best/ without state.pt", "both or none")
-        state = dict(identity=identity, step=0, best_score=-1.0, log=[], model=None, optimizer=None)
-        write_state(path, state)
-        return state
+        new = dict(identity=identity, step=0, best_score=-1.0, log=[], model=None, optimizer=None)
+        write_state(path, new)
+    gather()
     try:  # mmap: the processes of a node share the file's pages
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        known = state["identity"]
+        known, damaged = state["identity"], ZipFile(path).testzip()
         changed = [name for name in sorted(known | identity) if known.get(name) != identity.get(name)]
     except Exception as error:
         raise InputError(f"{path} cannot be read ({error!r}): remove its folder to start anew") from error
+    check(not damaged, path, f"{damaged} damaged", "a whole file; remove its folder to start anew")
+    changed = sum(gather(changed), [])
     check(not changed, path, f"other {changed}", "this run's; remove it or give another --out or --name")
     return state
 
@@ -655,12 +672,16 @@ def optimizer_for(model, args):  # AdamW; biases and norms are not decayed
 def read_once(teacher, data, folder, device):
     """The `Pair`s with h^t at their response positions, read by teacher.model, which is then freed. A node's
     processes share the reading, and a memory-mapped file that holds the states."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, machines = world()[0], gather(Path("/proc/sys/kernel/random/boot_id").read_text())
+    node = [other for other, machine in enumerate(machines) if machine == machines[rank]]  # its processes
     lengths, head = [pair.t.length for pair in data], teacher.head
-    path, size = folder / f"states-{world()[0] - local_rank}.tmp", sum(lengths) * head.shape[1]  # one a node
+    path, size = folder / f"states-{node[0]}.tmp", sum(lengths) * head.shape[1]
     with open(path, "ab") as file:
-        os.posix_fallocate(file.fileno(), 0, size * head.itemsize)  # a disk that is too small says so here
+        try:
+            os.posix_fallocate(file.fileno(), 0, size * head.itemsize)
+        except OSError as error:
+            path.unlink()
+            raise OSError(f"{path} cannot be written ({error})") from error
     states = torch.from_file(str(path), shared=True, size=size, dtype=head.dtype)
     say("the teacher's states take", states.nbytes / 1e9, "GB of memory or disk on each node")
     gather()
@@ -668,7 +689,7 @@ def read_once(teacher, data, folder, device):
     states = states.view(-1, head.shape[1]).split(lengths)
     # batches are decided by the rows alone: a restart gets the same numbers
     sizes = [len(pair.t.ids) for pair in data]
-    for rows in batches(sizes, 16, "the teacher reads the rows", local_rank, processes):
+    for rows in batches(sizes, 16, "the teacher reads the rows", node.index(rank), len(node)):
         with autocast(device):
             hidden = response_hidden(teacher.model, collate([data[row].t for row in rows], device))
         check(hidden.isfinite().all(), "the teacher's states", "one that is not finite", "numbers")
@@ -703,17 +724,19 @@ def set_up(args, rows, loaded, distiller):
     models, tokenizers = zip(*loaded)
     student, teacher = models[0], None
     if len(models) > 1:
-        model = models[1].requires_grad_(False)
-        teacher = argparse.Namespace(model=model, embeddings=model.get_input_embeddings(), head=head_of(model))
+        whole, E_t = models[1].requires_grad_(False), models[1].get_input_embeddings()
+        teacher = argparse.Namespace(model=whole, embeddings=E_t, head=head_of(whole))
     seed_torch(args.seed)
     model = distiller(student, teacher, args).to(student.device)
     if args.recompute:
+        check(student.supports_gradient_checkpointing, "--recompute", type(student), "a model that can")
         student.activation_checkpointing_enable()
     # 2. rows
     prompts_of(student, tokenizers[0], rows[:args.dev_rows], args)  # raises what `respond` would, but now
     data = pairs(rows[args.dev_rows:], tokenizers, args.max_prompt, args.max_length, model.annotate)
     say(len(data), "rows to train on,", len(rows) - args.dev_rows - len(data), "are too long")
-    check(len(data) >= args.batch_size, "rows to train on", len(data), f"a batch, {args.batch_size}")
+    check(len(data) >= args.batch_size, "rows to train on", len(data),
+          f"a batch of {args.batch_size} within --max-prompt and --max-length")
     # 3. identity: a run goes on only with equal rows, tokens, weights and settings
     identity = {name: value for name, value in vars(args).items() if name not in NO_IDENTITY}
     identity["rows"] = fingerprint([rows, data])
@@ -741,12 +764,7 @@ def train(args, rows, folder, loaded, distiller=Distiller):
     say(folder, "- steps:", total_steps, "done:", state["step"], "rows at a time:", micro_batch,
         "parameters:", sum(x.numel() for x in model.parameters() if x.requires_grad))
 
-    def log(*lines):  # args.json and log.jsonl are for people: state.pt has what they say
-        state["log"] += lines
-        text = "\n".join(map(json.dumps, state["log"]))
-        replace(folder / "log.jsonl", lambda fresh: fresh.write_text(text))
-
-    log()
+    write_log(folder, state)  # this and args.json are for people: state.pt has what they say
     write_json(folder / "args.json", identity=identity, command=sys.argv, args=vars(args))
 
     # 2. the teacher reads each row once; from then on only its embeddings and head are needed
@@ -784,7 +802,7 @@ def train(args, rows, folder, loaded, distiller=Distiller):
             line |= dict(lr=rate, tokens_per_s=line["tokens"] * (step - last) / seconds)
             if student.device.type == "cuda":
                 line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            log(line)
+            write_log(folder, state, line)
             shares, last, since = Counter(), step, time.perf_counter()
 
         # keep the student with the best ROUGE-L on the dev rows, the later of equals
@@ -793,7 +811,7 @@ def train(args, rows, folder, loaded, distiller=Distiller):
             scores = [respond(student, tokenizer, rows[:args.dev_rows], seed, args)[1] for seed in seeds]
             score = float(np.mean(scores))
             say("dev ROUGE-L", score)
-            log(dict(step=step, dev_rougeL=score))
+            write_log(folder, state, dict(step=step, dev_rougeL=score))
             if score >= state["best_score"] or not (folder / "best").exists():
                 state["best_score"] = score
                 replace(folder / "best", lambda fresh: save_best(model, tokenizer, fresh))
@@ -929,15 +947,17 @@ def build_parser(methods=("cma", "sft")):
 
 def check_settings(args):  # what argparse lets through
     for name, value in vars(args).items():
-        numbers = np.array(value)
-        if numbers.dtype.kind in "if":  # no text, no switch
-            usable = (numbers >= 0 if name in MAY_BE_ZERO else numbers > 0) & np.isfinite(numbers)
-            check(usable.all(), "--" + name.replace("_", "-"), value,
-                  "finite numbers over 0, or 0 where that has a meaning")
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) in (int, float):  # no text, no switch
+                usable = 0 < number < 1e15 or (number == 0 and name in MAY_BE_ZERO)
+                check(usable, "--" + name.replace("_", "-"), number,
+                      "a finite number over 0, or 0 where that has a meaning")
     check(args.skew < 1, "--skew", args.skew, "0 to below 1")
     check(any(args.weights), "--weights", args.weights, "one that is not 0")
     check(len({*args.eval_seeds}) == len(args.eval_seeds), "--eval-seeds", args.eval_seeds, "each once")
     check(args.name or not args.eval_only, "--eval-only", "no --name", "one, for the evaluation's folder")
+    name = args.name or ""
+    check(name != ".." and Path(name).name == name, "--name", name, "a folder's name, without a path")
 
 def experiment(args, device, distiller):
     """Fine-tunes the teacher if need be, trains, evaluates the best; returns what eval.json holds."""
@@ -952,17 +972,20 @@ def experiment(args, device, distiller):
     if taught:
         dtype = precision(device) if args.teacher_ready else torch.float32
         loaded.append(load_model(args.teacher, device, dtype))
-    marks = [mark for model, tokenizer in loaded for mark in end_marks(model, tokenizer)]
+    marks = [*END_MARKS, *[mark for model, tokenizer in loaded for mark in end_marks(model, tokenizer)]]
+    prompts = []
     for name, path in tests.items():
         tests[name] = read_rows(path, args.eval_limit, marks)
-        prompts_of(*loaded[0], tests[name], args)  # raises what `respond` would, but before any training
+        prompts += prompts_of(*loaded[0], tests[name], args)  # raises what `respond` would, but now
 
     # 2. a checkpoint
     if args.eval_only:
         folder = out / args.name
         names = "max_prompt", "max_new_tokens", "eval_seeds", "eval_temperature", "no_repeat_ngram"
         identity = {name: getattr(args, name) for name in names}
-        identity |= dict(tests=fingerprint(tests), weights=model_fingerprint(loaded[0][0]))
+        ends = loaded[0][0].generation_config.eos_token_id
+        weights = fingerprint([model_fingerprint(loaded[0][0]), ends])
+        identity |= dict(tests=fingerprint([tests, prompts]), weights=weights)
         with lock(folder):
             recall(folder, identity)
             return evaluate(args, args.eval_only, *loaded[0], tests, folder)
@@ -972,7 +995,7 @@ def experiment(args, device, distiller):
     check(len(rows) > args.dev_rows, "--data", f"{len(rows)} rows", "more than --dev-rows")
     if taught and not args.teacher_ready:
         data = pairs(rows[args.dev_rows:], [loaded[0][1]], args.max_prompt, args.max_length)
-        check_readable(loaded[0][0], [pair.s.ids for pair in data], "--max-length")  # later would be hours later
+        check_readable(loaded[0][0], [pair.s.ids for pair in data], "--max-length")  # now, not hours later
         settings = build_parser().parse_args(["--method", "sft", "--student", args.teacher])
         for name in """dev_rows max_prompt max_length max_new_tokens micro_batch eval_batch recompute
                        save_every""".split():
@@ -1003,9 +1026,10 @@ def main(argv=None, parser=None, distiller=Distiller):
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if "RANK" in os.environ:
-            missing = {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-            check(not missing, "environment", f"RANK without {missing}", "torchrun's, or none of these")
-            dist.init_process_group(timeout=datetime.timedelta(hours=12))  # the first one may save for long
+            try:
+                dist.init_process_group(timeout=datetime.timedelta(hours=12))  # the first may save for long
+            except (ValueError, RuntimeError) as error:
+                raise InputError(f"RANK is set, but not as torchrun sets it: {error}") from error
         result = experiment(args, device, distiller)
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         print(f"dskd_ga.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
