@@ -1066,7 +1066,10 @@ def test_the_state_alone_says_where_a_run_is(small, runs, tmp_path, capsys):
     command, folder = flags(small, tmp_path, **GA), tmp_path / "cma-ga-skl-10"
     assert Child(command, broken(dskd_ga, "gradient", 6, die)).wait() == -signal.SIGKILL
     killed, state = shutil.copytree(folder, tmp_path / "killed"), folder / "state.pt"
-    # a state that is cut, or none
+    # a state that is damaged, cut, or none
+    whole, half = state.read_bytes(), state.stat().st_size // 2
+    state.write_bytes(whole[:half] + bytes(4096) + whole[half + 4096:])
+    assert re.search(f"{state}: found .* damaged", refused(capsys, command))
     for damage in (cut, lambda path: os.truncate(path, 0), lambda path: torch.save([1], path)):
         damage(state)
         assert f"{state} cannot be read" in refused(capsys, command)
@@ -1100,7 +1103,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_goes_on(
     shared, apart, killed = [tmp_path / name / "cma-ga-skl-10" for name in ("shared", "apart", "killed")]
     all_end(pair(flags(small, shared.parent, **GA)))  # each reads half of the rows for both
     same_log(log(shared), log(runs.steady))  # the number of processes changes nothing
-    all_end(pair(flags(small, apart.parent, **GA), local=1))  # whatever the environment says of nodes
+    all_end(pair(flags(small, apart.parent, **GA), local=3))  # whatever the environment says of nodes
     same_end(apart, shared)
     command = flags(small, killed.parent, **GA)
     for victim, *moment in ((1, dskd_ga, "gradient", 5, die), (0, os, "replace", 1, die, False, "state.pt")):
@@ -1115,10 +1118,12 @@ def test_processes_that_are_started_wrongly_train_nothing(small, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     (there / "cma-skl-10").mkdir(parents=True)
     write_lines(there / "cma-skl-10" / "lock", "0" * 16)  # from another run
-    said = "dskd_ga.py: .*(: found another folder|WORLD_SIZE expected).*\n"
-    for child in (*pair(flags(small, here), flags(small, there)), Child(flags(small, here), RANK="0")):
-        assert child.wait() == 2 and re.fullmatch(said, child.errors)
-    assert not list(tmp_path.glob("**/state.pt"))
+    said = "dskd_ga.py: .*(: found another folder|: found other \\['lr'\\]|WORLD_SIZE expected).*\n"
+    mixed = flags(small, tmp_path / "mixed"), flags(small, tmp_path / "mixed", lr=1e-3)
+    alone = Child(flags(small, here), RANK="0")
+    for child in (*pair(flags(small, here), flags(small, there)), *pair(*mixed), alone):
+        assert child.wait() == 2 and re.fullmatch(said, child.errors), child.errors
+    assert not list(tmp_path.glob("**/best"))
 
 # ---- contents decide
 def test_the_teacher_is_fine_tuned_once_and_reads_each_row_once(small, tmp_path, capsys):
@@ -1240,7 +1245,9 @@ BAD += [(dict(tests=value), f"--tests: found {value}, ") for value in ("OOD=x", 
 BAD += [({name: "/no/such"}, "/no/such") for name in ("student", "teacher", "data")]
 BAD += [  # settings, and what the line says
     (dict(weights=[0, 0, 0, 0]), "--weights: found "), (dict(eval_seeds=[10, 10]), "--eval-seeds: found "),
-    (dict(eval_seeds=-1), "--eval-seeds: found "), (dict(eval_only="/no/such", name="a"), "/no/such"),
+    (dict(eval_seeds=-1), "--eval-seeds: found "), (dict(dev_samplings=-2 ** 70), "--dev-samplings: found "),
+    (dict(eval_only="/no/such", name=".."), "--name: found .."),
+    (dict(eval_only="/no/such", name="a"), "/no/such"),
     (dict(eval_only="/no/such"), "--eval-only: found no --name, "), (dict(method="sft", ga=True), "--ga"),
     (dict(tests=["a=x", "a=y"]), "--tests: found a=y, "), (dict(tests="a=/no/such"), "/no/such"),
     (dict(tests=f"a={__file__}"), f"{__file__}, line 1: "), (dict(out=__file__), __file__),
