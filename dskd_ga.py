@@ -650,12 +650,12 @@ def recall(folder, identity):  # identity: a dict
     gather()
     try:  # mmap: the processes of a node share the file's pages
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        known, damaged = state["identity"], ZipFile(path).testzip()
+        known, damaged = state["identity"], world()[0] == 0 and ZipFile(path).testzip()
         changed = [name for name in sorted(known | identity) if known.get(name) != identity.get(name)]
     except Exception as error:
         raise InputError(f"{path} cannot be read ({error!r}): remove its folder to start anew") from error
+    damaged, changed = gather(damaged)[0], sum(gather(changed), [])
     check(not damaged, path, f"{damaged} damaged", "a whole file; remove its folder to start anew")
-    changed = sum(gather(changed), [])
     check(not changed, path, f"other {changed}", "this run's; remove it or give another --out or --name")
     return state
 
@@ -680,7 +680,7 @@ def read_once(teacher, data, folder, device):
         try:
             os.posix_fallocate(file.fileno(), 0, size * head.itemsize)
         except OSError as error:
-            path.unlink()
+            path.unlink(missing_ok=True)
             raise OSError(f"{path} cannot be written ({error})") from error
     states = torch.from_file(str(path), shared=True, size=size, dtype=head.dtype)
     say("the teacher's states take", states.nbytes / 1e9, "GB of memory or disk on each node")
@@ -1001,6 +1001,7 @@ def experiment(args, device, distiller):
                        save_every""".split():
             setattr(settings, name, getattr(args, name))
         settings.epochs, settings.lr = args.teacher_epochs, args.teacher_lr
+        settings.batch_size = min(settings.batch_size, max(1, len(data)))
         teacher_rows = [row._replace(prompt=row.teacher_prompt or row.prompt) for row in rows]
         folder = out / f"{Path(args.teacher).resolve().name}-tuned"
         with lock(folder):
