@@ -1115,10 +1115,12 @@ def test_processes_that_are_started_wrongly_train_nothing(small, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     (there / "cma-skl-10").mkdir(parents=True)
     write_lines(there / "cma-skl-10" / "lock", "0" * 16)  # from another run
-    said = "dskd_ga.py: .*(another folder|RANK).*\n"
-    for child in (*pair(flags(small, here), flags(small, there)), Child(flags(small, here), RANK="0")):
-        assert child.wait() == 2 and re.fullmatch(said, child.errors)
-    assert not list(tmp_path.glob("**/state.pt"))
+    said = "dskd_ga.py: .*(another folder|RANK|found other \\['lr'\\]).*\n"
+    mixed = flags(small, tmp_path / "mixed"), flags(small, tmp_path / "mixed", lr=1e-3)
+    alone = Child(flags(small, here), RANK="0")
+    for child in (*pair(flags(small, here), flags(small, there)), *pair(*mixed), alone):
+        assert child.wait() == 2 and re.fullmatch(said, child.errors), child.errors
+    assert not list(tmp_path.glob("**/best"))
 
 # ---- contents decide
 def test_the_teacher_is_fine_tuned_once_and_reads_each_row_once(small, tmp_path, capsys):
@@ -1241,6 +1243,7 @@ BAD += [({name: "/no/such"}, "/no/such") for name in ("student", "teacher", "dat
 BAD += [  # settings, and what the line says
     (dict(weights=[0, 0, 0, 0]), "--weights: found "), (dict(eval_seeds=[10, 10]), "--eval-seeds: found "),
     (dict(eval_seeds=-1), "--eval-seeds: found "), (dict(eval_only="/no/such", name="a"), "/no/such"),
+    (dict(dev_samplings=-2 ** 70), "--dev-samplings: found "),
     (dict(eval_only="/no/such"), "--eval-only: found no --name, "), (dict(method="sft", ga=True), "--ga"),
     (dict(tests=["a=x", "a=y"]), "--tests: found a=y, "), (dict(tests="a=/no/such"), "/no/such"),
     (dict(tests=f"a={__file__}"), f"{__file__}, line 1: "), (dict(out=__file__), __file__),
