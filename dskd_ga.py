@@ -287,8 +287,8 @@ def dual_space_losses(
                          h_t2s=h_t2s.detach(), h_s2t=h_s2t.detach())
 
 # 6. Models: trunk, head and embeddings of any causal language model =========================================
-class InputError(ValueError):  # bad settings, rows or models: `main` prints it in one line, with status 2
-    pass
+class InputError(ValueError):
+    """Bad settings, rows or models: `main` prints it in one line and ends with status 2."""
 
 def check(ok, where, found, expected):  # where: a flag, a model, or a file, its line and field
     if not ok:
@@ -654,7 +654,8 @@ def recall(folder, identity):  # identity: a dict
         changed = [name for name in sorted(known | identity) if known.get(name) != identity.get(name)]
     except Exception as error:
         raise InputError(f"{path} cannot be read ({error!r}): remove its folder to start anew") from error
-    damaged, changed = gather(damaged)[0], sum(gather(changed), [])
+    damaged = gather(damaged)[0]
+    changed = sum(gather(changed), [])
     check(not damaged, path, f"{damaged} damaged", "a whole file; remove its folder to start anew")
     check(not changed, path, f"other {changed}", "this run's; remove it or give another --out or --name")
     return state
@@ -675,7 +676,8 @@ def read_once(teacher, data, folder, device):
     rank, machines = world()[0], gather(Path("/proc/sys/kernel/random/boot_id").read_text())
     node = [other for other, machine in enumerate(machines) if machine == machines[rank]]  # its processes
     lengths, head = [pair.t.length for pair in data], teacher.head
-    path, size = folder / f"states-{node[0]}.tmp", sum(lengths) * head.shape[1]
+    path = folder / f"states-{node[0]}.tmp"
+    size = sum(lengths) * head.shape[1]
     with open(path, "ab") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size * head.itemsize)
@@ -752,7 +754,8 @@ def train(args, rows, folder, loaded, distiller=Distiller):
     model, data, identity = set_up(args, rows, loaded, distiller)
     del loaded[1:]  # so that `read_once` can free the teacher's model
     (student, tokenizer), processes = loaded[0], world()[1]
-    optimizer, state = optimizer_for(model, args), recall(folder, identity)
+    optimizer = optimizer_for(model, args)
+    state = recall(folder, identity)
     if state["step"]:
         model.load_state_dict(state["model"])
     if state["optimizer"]:
@@ -962,7 +965,8 @@ def check_settings(args):  # what argparse lets through
 def experiment(args, device, distiller):
     """Fine-tunes the teacher if need be, trains, evaluates the best; returns what eval.json holds."""
     # 1. models, and rows without the models' end marks
-    out, taught, tests = Path(args.out), args.method != "sft" and not args.eval_only, {}
+    out, tests = Path(args.out), {}
+    taught = args.method != "sft" and not args.eval_only
     for item in args.tests:
         name, _, source = item.partition("=")
         usable = source and "/" not in name and name not in ("", "OOD", "All", *tests)
