@@ -141,6 +141,7 @@ case $job in
                 done
             done
         } | xargs -P "${JOBS:-2}" -I LINE bash -euc 'set -- LINE; train "$@"'
+        shopt -s nullglob  # not every method is in every setting
         for rows in new few many; do
             $python experiments/chunks.py $(dirname runs/$rows/{sft,kd,uld,mined,cl,cma}*-*0/best)
             $python experiments/report.py $(dirname runs/$rows/*/eval.json) --keep runs/$rows.json --baseline cma-skl sft
