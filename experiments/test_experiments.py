@@ -1,5 +1,5 @@
 """Tests of experiments/: oracles that loop or are dense, hand-made cases, properties, short runs."""
-import collections, copy, hashlib, itertools, json, math, pathlib, shutil, sys, unicodedata
+import collections, copy, hashlib, itertools, json, math, pathlib, sys, unicodedata
 from types import SimpleNamespace
 
 import hypothesis
