@@ -219,38 +219,6 @@ def sliced_loss(fn, sides, rows=(), max_logits=2 ** 24):
     hidden, heads = zip(*sides)
     return SlicedLoss.apply(fn, rows, max_logits, *hidden, *heads)
 
-def vocabulary_losses(
-        h_s, h_t2s, W_s,   # (N_s, d_s) twice, (V_s, d_s): states of p^s and q^{t->s} at N_s positions
-        h_t, h_s2t, W_t,   # (N_t, d_t) twice, (V_t, d_t): states of p^t and q^{s->t} at N_t positions
-        target,            # (N_s,): gold ids
-        s_aligned, t_aligned, *,  # (N_s,), (N_t,) bool: False where a position attends to nothing
-        div, s2t_div, temperature, skew, all_positions, weights):
-    """Eqs. (7)-(9), as a dict of sums over positions: `loss`, which has a gradient, and its terms."""
-    w_ce, w_ce_t2s, w_kd_t2s, w_kd_s2t = weights
-
-    def student_space(z_s, z_t2s, target, aligned):  # logits (n, V_s)
-        fixed_t2s = z_t2s.detach()  # q^{t->s} is constant inside KD^{t->s}: CE^{t->s} alone trains P^{t->s}
-        correct = (fixed_t2s.argmax(-1) == target) & aligned
-        counted = aligned if all_positions else correct  # NOT IN PAPER: correct positions only (departure 1)
-        ce = F.cross_entropy(z_s, target, reduction="sum")
-        ce_t2s = (F.cross_entropy(z_t2s, target, reduction="none") * aligned).sum()
-        # NOT IN PAPER: what is learnt from is f's first argument (departure 3)
-        kd_t2s = (divergence(div, fixed_t2s, z_s, temperature, skew) * counted).sum()         # (8)
-        loss = w_ce * ce + w_ce_t2s * ce_t2s + w_kd_t2s * kd_t2s                              # (9)
-        return loss, ce, ce_t2s, kd_t2s, correct.sum()
-
-    def teacher_space(z_t, z_s2t, aligned):  # logits (n, V_t)
-        # NOT IN PAPER: its own f (departure 2)
-        kd_s2t = (divergence(s2t_div, z_t, z_s2t, temperature, skew) * aligned).sum()         # (8)
-        return w_kd_s2t * kd_s2t, kd_s2t                                                      # (9)
-
-    # W^s learns through p^s alone, from CE and KD^{t->s}; the teacher is constant                # (7)
-    W_t = W_t.detach()
-    loss_s, ce, ce_t2s, kd_t2s, n_correct = sliced_loss(
-        student_space, [(h_s, W_s), (h_t2s, W_s.detach())], [target, s_aligned])
-    loss_t, kd_s2t = sliced_loss(teacher_space, [(h_t.detach(), W_t), (h_s2t, W_t)], [t_aligned])
-    return dict(loss=loss_s + loss_t, ce=ce, ce_t2s=ce_t2s, kd_t2s=kd_t2s, kd_s2t=kd_s2t, n_correct=n_correct)
-
 def dual_space_losses(
         proj, s, t,   # `Projectors(d_s, d_t)`; the `Side`s of student and teacher
         h_s, h_t,     # (B, S, d_s), (B, T, d_t): last hidden states at the response positions
@@ -278,13 +246,35 @@ def dual_space_losses(
     v_t2s = proj.t2s(std_normalise(h_t, t.mask) + std_normalise(e_t_target, t.mask))          # (5)
     h_t2s, h_s2t = a_t2s @ v_t2s, a_s2t @ v_s2t                                               # (6)
 
-    # only real positions meet the vocabularies
-    losses = vocabulary_losses(
-        h_s[s.mask], h_t2s[s.mask], W_s, h_t[t.mask], h_s2t[t.mask], W_t, s.targets[s.mask],
-        (a_t2s > 0).any(2)[s.mask], (a_s2t > 0).any(2)[t.mask], div=div, s2t_div=s2t_div,
-        temperature=temperature, skew=skew, all_positions=all_positions, weights=weights)
-    return losses | dict(q=q, k=k, a_t2s=a_t2s.detach(), a_s2t=a_s2t.detach(),
-                         h_t2s=h_t2s.detach(), h_s2t=h_s2t.detach())
+    # what is learnt there; `aligned` is False where a position attends to nothing
+    w_ce, w_ce_t2s, w_kd_t2s, w_kd_s2t = weights
+
+    def student_space(z_s, z_t2s, target, aligned):  # logits (n, V_s) twice, (n,), (n,)
+        fixed_t2s = z_t2s.detach()  # q^{t->s} is constant inside KD^{t->s}: CE^{t->s} alone trains P^{t->s}
+        correct = (fixed_t2s.argmax(-1) == target) & aligned
+        counted = aligned if all_positions else correct  # NOT IN PAPER: correct positions only (departure 1)
+        ce = F.cross_entropy(z_s, target, reduction="sum")
+        ce_t2s = (F.cross_entropy(z_t2s, target, reduction="none") * aligned).sum()
+        # NOT IN PAPER: what is learnt from is f's first argument (departure 3)
+        kd_t2s = (divergence(div, fixed_t2s, z_s, temperature, skew) * counted).sum()         # (8)
+        loss = w_ce * ce + w_ce_t2s * ce_t2s + w_kd_t2s * kd_t2s                              # (9)
+        return loss, ce, ce_t2s, kd_t2s, correct.sum()
+
+    def teacher_space(z_t, z_s2t, aligned):  # logits (n, V_t) twice, (n,)
+        # NOT IN PAPER: its own f (departure 2)
+        kd_s2t = (divergence(s2t_div, z_t, z_s2t, temperature, skew) * aligned).sum()         # (8)
+        return w_kd_s2t * kd_s2t, kd_s2t                                                      # (9)
+
+    # W^s learns through p^s alone, from CE and KD^{t->s}; the teacher is constant                # (7)
+    W_t = W_t.detach()
+    loss_s, ce, ce_t2s, kd_t2s, n_correct = sliced_loss(
+        student_space, [(at_real(h_s, s), W_s), (at_real(h_t2s, s), W_s.detach())],
+        [at_real(s.targets, s), at_real(a_t2s.any(2), s)])
+    loss_t, kd_s2t = sliced_loss(
+        teacher_space, [(at_real(h_t, t), W_t), (at_real(h_s2t, t), W_t)], [at_real(a_s2t.any(2), t)])
+    return dict(loss=loss_s + loss_t, ce=ce, ce_t2s=ce_t2s, kd_t2s=kd_t2s, kd_s2t=kd_s2t, n_correct=n_correct,
+                q=q, k=k, a_t2s=a_t2s.detach(), a_s2t=a_s2t.detach(),
+                h_t2s=h_t2s.detach(), h_s2t=h_s2t.detach())
 
 # 6. Models: trunk, head and embeddings of any causal language model =========================================
 class InputError(ValueError):
@@ -335,12 +325,12 @@ def response_hidden(model, side):  # h, (B, n, d), at the response positions
 
 POSITIONS = "max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "model_max_length"
 
-def decoding(ends, pad, temperature=1.0, **rules):  # ends: the ids that stop it
+def decoding(ends, pad, temperature=1.0, no_repeat_ngram=0):  # ends: the ids that stop it
     """All settings by which responses are generated. It replaces the model's own, so that nothing else in
     its folder changes a score. temperature 0: the likeliest tokens."""
-    if temperature > 0:
-        rules |= dict(temperature=temperature, top_k=0, top_p=1.0)
-    return GenerationConfig(do_sample=temperature > 0, eos_token_id=ends, pad_token_id=pad, **rules)
+    sampling = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else {}
+    return GenerationConfig(do_sample=temperature > 0, no_repeat_ngram_size=no_repeat_ngram,
+                            eos_token_id=ends, pad_token_id=pad, **sampling)
 
 @torch.no_grad()
 def load_model(source, device, dtype=torch.float32):  # source: a folder or hub id
@@ -355,17 +345,15 @@ def load_model(source, device, dtype=torch.float32):  # source: a folder or hub 
         model = model.to(device).eval().requires_grad_(False)  # a vision tower, say, gets no gradient
         model.get_decoder().requires_grad_(True)
         head = model.get_output_embeddings().requires_grad_(True)
-        stops = model.generation_config.eos_token_id  # a list stops it, too, or a single special token:
-        if not isinstance(stops, list):  # a config's default may be any token, such as a quotation mark
-            stops = [stops] if stops in tokenizer.added_tokens_decoder else []
-        ends = {end, *stops}
+        own = model.generation_config.eos_token_id
+        # a single one may be a config's default, any token: it counts if it is a special one
+        ends = own if isinstance(own, list) else {own} & tokenizer.added_tokens_decoder.keys()
         # a trial of what all else relies on: equal up to 5 %, and no nan
         ids = torch.tensor([[end, 1, 2] + 9 * [end]], device=device)
         (hidden,), (longer,) = trunk(model, ids[:, 1:3]), trunk(model, ids[:, 1:])
-        model.generation_config = decoding(
-            [end], end, temperature=0, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
-        generated = model.generate(ids[:, :3], attention_mask=ids.new_tensor([[0, 1, 1]]))
-        model.generation_config = decoding(sorted(ends), end)  # as evaluated; saved with every checkpoint
+        model.generation_config = decoding(sorted({end, *ends}), end)  # as evaluated; saved with `best`
+        generated = model.generate(ids[:, :3], attention_mask=ids.new_tensor([[0, 1, 1]]), max_new_tokens=1,
+                                   output_logits=True, return_dict_in_generate=True)
         logits = head.weight @ hidden[1]
         causal = torch.dist(longer[:2], hidden) <= 0.05 * hidden.norm()
         equal = torch.dist(generated.logits[0][0], logits) <= 0.05 * logits.norm()
@@ -379,11 +367,6 @@ def load_model(source, device, dtype=torch.float32):  # source: a folder or hub 
         return model, tokenizer
     except Exception as error:
         raise InputError(f"{source}: {error!r}") from error
-
-def end_marks(model, tokenizer):  # the texts of the tokens that stop it
-    added = tokenizer.added_tokens_decoder
-    marks = [str(added[token]) for token in model.generation_config.eos_token_id if token in added]
-    return list(filter(None, marks))
 
 def check_readable(model, sequences, flags, more=0):  # lists of ids, `more` tokens after each; flags to lower
     longest, highest = max(map(len, sequences), default=0) + more, max(map(max, sequences), default=0)
@@ -414,7 +397,7 @@ class Pair(NamedTuple):  # a row as student and teacher read it; without a teach
     s: Example
     t: Example = None
 
-# end marks besides the models' own, so that rows are the same whichever models are loaded
+# besides the models' own special tokens, so that rows are the same whichever models are loaded
 END_MARKS = "<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"
 
 def fetch(source):  # a local path, or ORG/DATASET/FILE of the hub, which is downloaded once
@@ -435,16 +418,16 @@ def alpaca_prompt(instruction, context):  # with or without a further context
 def clean(text, place, marks=()):  # a text in NFC, less the marks at its end and the white space around them
     check(isinstance(text, str), place, repr(text), "a text")
     text = unicodedata.normalize("NFC", text)  # NOT IN PAPER (departure 8)
-    while text.rstrip().endswith(tuple(marks)):
+    while text.rstrip().endswith(marks):
         for mark in marks:
             text = text.rstrip().removesuffix(mark).rstrip()
     return text
 
 def read_rows(path, limit=None, marks=()):
     """The `Row`s of a file of JSON lines: `prompt`, or `instruction` and maybe `input`; `output`, a text or a
-    list of texts, which lose the marks at their ends; maybe `teacher_prompt`. null and "" are as if absent; a
-    row without output is left out. InputError names line and field of a bad row."""
-    rows, unread = [], set()
+    list of texts, which lose END_MARKS and marks at their ends; maybe `teacher_prompt`. null and "" are as if
+    absent; a row without output is left out. InputError names line and field of a bad row."""
+    rows, unread, marks = [], set(), (*END_MARKS, *marks)
     lines = Path(path).read_bytes().rstrip().split(b"\n")[:limit]
     for number, line in enumerate(lines, 1):
         place = f"{path}, line {number}"
@@ -458,41 +441,40 @@ def read_rows(path, limit=None, marks=()):
         output = row.pop("output", [])
         output = output if isinstance(output, list) else [output]  # test sets have lists
         texts = [clean(text, f"{place}, output", marks) for text in output if text is not None]
+        texts = list(filter(str.strip, texts))
         prompt = take("prompt") if "prompt" in row else alpaca_prompt(take("instruction"), take("input", ""))
         teacher_prompt = take("teacher_prompt") if "teacher_prompt" in row else None
-        if any(map(str.strip, texts)):
-            rows.append(Row(prompt, list(filter(str.strip, texts)), teacher_prompt))
+        if texts:
+            rows.append(Row(prompt, texts, teacher_prompt))
         unread |= row.keys()
     if unread or len(rows) < len(lines):
         say(path, "- rows without output:", len(lines) - len(rows), "- fields not read:", *sorted(unread))
     check(rows, path, "no row with an output", "at least one")
     return rows
 
-def prompt_ids(tokenizer, prompts, limit=sys.maxsize):  # one over the limit keeps its end
+def prompt_ids(tokenizer, prompt, limit=sys.maxsize):  # one over the limit keeps its end
     # NOT IN PAPER: the special tokens that the tokenizer puts in front of a text, never twice (departure 7)
     probe = tokenizer("a", return_special_tokens_mask=True)
     lead = probe["input_ids"][:probe["special_tokens_mask"].index(0)]
-    result = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
-    for n, ids in enumerate(result):
-        body = ids[len(lead):] if ids[:len(lead)] == lead else ids
-        body = body[max(0, len(lead) + len(body) - limit):]
-        result[n] = lead + body or [tokenizer.eos_token_id]  # there must be a position to predict from
-    return result
+    body = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    if body[:len(lead)] == lead:
+        body = body[len(lead):]
+    body = body[max(0, len(lead) + len(body) - limit):]
+    return lead + body or [tokenizer.eos_token_id]  # there must be a position to predict from
 
 def pairs(rows, tokenizers, max_prompt=256, max_length=512,  # the student's tokenizer and maybe the teacher's
           annotate=None):  # (row, s, t, tokenizers) -> a list for s and one for t: a number a response token
     """A `Pair` for each row with room for a response, if the student's prompt is within max_prompt tokens."""
-    prompts = [row.prompt for row in rows], [row.teacher_prompt or row.prompt for row in rows]
-    texts, columns = [row.references[0] for row in rows], []
-    for tokenizer, own_prompts in zip(tokenizers, prompts):
-        # special tokens that are spelt out in an answer are plain text
-        answers = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        columns.append([])
-        for prompt, answer in zip(prompt_ids(tokenizer, own_prompts), answers["input_ids"]):
-            ids = prompt + answer + [tokenizer.eos_token_id]
-            columns[-1].append(Example(ids[:max_length], len(prompt)))
     kept = []
-    for row, *sides in zip(rows, *columns):
+    for row in rows:
+        sides = []
+        for tokenizer, prompt in zip(tokenizers, (row.prompt, row.teacher_prompt or row.prompt)):
+            asked = prompt_ids(tokenizer, prompt)
+            # special tokens that are spelt out in an answer are plain text
+            answer = tokenizer(row.references[0], add_special_tokens=False, split_special_tokens=True,
+                               verbose=False)["input_ids"]
+            ids = asked + answer + [tokenizer.eos_token_id]
+            sides.append(Example(ids[:max_length], len(asked)))
         if sides[0].start <= max_prompt and all(side.length > 0 for side in sides):
             numbers = annotate(row, *sides, tokenizers) if annotate else (None, None)
             kept.append(Pair(*[side._replace(chunk=chunk) for side, chunk in zip(sides, numbers)]))
@@ -583,23 +565,14 @@ def replace(path, save):  # save(fresh) writes a file or folder, on rank 0; whol
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save(fresh)
-        except Exception as error:  # torch and safetensors wrap the disk's error: show it
-            raise OSError(f"{fresh} cannot be written ({error.__context__ or error})") from error
+        except Exception as error:  # torch and safetensors have errors of their own for a full disk
+            raise OSError(f"{fresh} cannot be written ({error})") from error
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(fresh, path)
 
-def write_json(path, **content):
+def write_json(path, content):
     replace(path, lambda fresh: fresh.write_text(json.dumps(content, indent=1)))
-
-def write_state(path, state):
-    def save(fresh):
-        with open(fresh, "wb") as file:  # whose errors say what is wrong with the disk
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # before it takes the old one's place
-
-    replace(path, save)
 
 def write_log(folder, state, *lines):  # adds the lines to the state's log, and writes it
     state["log"] += lines
@@ -613,51 +586,49 @@ def save_best(model, tokenizer, folder):  # for transformers' `from_pretrained`;
         torch.save(model.proj.state_dict(), folder / "projectors.pt")
 
 def lock(folder):
-    """Makes the folder. Until the file that it returns is closed, another command waits here. InputError, in
-    every process: the processes do not share the folder."""
-    path, file = folder / "lock", None
-    if world()[0] == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waits for another command that works in", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        path.write_text(os.urandom(8).hex())  # which is known only to those who see this very file
-    gather()
-    seen = gather(path.exists() and path.read_text())
-    check(len(set(seen)) == 1, folder, "another folder on another node", "one that all processes share")
-    return file or open(path)
+    """Makes the folder. Another command waits here until what this returns is closed."""
+    if world()[0] > 0:
+        return nullcontext()  # the first process holds it for all
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("waits for another command that works in", folder)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
-def fingerprint(content, model=None):  # digits that are equal if contents, and a model's weights, are
+def fingerprint(content, tensors=()):  # digits that are equal if all of these are
     digest = hashlib.sha256(json.dumps(content, default=str).encode())
-    for tensor in model.state_dict().values() if model else ():
+    for tensor in tensors:
         digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-def model_fingerprint(model):
-    return fingerprint(model.config.to_dict() | dict(_name_or_path=None, transformers_version=None), model)
+def model_fingerprint(model):  # its weights, config and stop tokens, wherever they are from
+    config = model.config.to_dict() | dict(_name_or_path=None, transformers_version=None)
+    return fingerprint([config, model.generation_config.eos_token_id], model.state_dict().values())
 
 def recall(folder, identity):  # identity: a dict
     """The folder's state.pt, which alone says what the folder is and where its run is; a new folder gets
-    one. InputError: it cannot be read, or is of another identity."""
+    one. InputError, in every process: one of them cannot read it, or it is of another identity."""
     path = folder / "state.pt"
     if not path.exists():
         check(not (folder / "best").exists(), folder, "best/ without state.pt", "both or none")
         new = dict(identity=identity, step=0, best_score=-1.0, log=[], model=None, optimizer=None)
-        write_state(path, new)
+        replace(path, lambda fresh: torch.save(new, fresh))
     gather()
-    try:  # mmap: the processes of a node share the file's pages
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        known, damaged = state["identity"], world()[0] == 0 and ZipFile(path).testzip()
-        changed = [name for name in sorted(known | identity) if known.get(name) != identity.get(name)]
+    try:  # mmap: the processes of a node share the file's pages; but then torch does not read the checksums
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)
+        damaged = ZipFile(path).testzip()
+        wrong = [f"damage in {damaged}"] if damaged else []
+        known = state["identity"]
+        for name in sorted(known | identity):
+            if known.get(name) != identity.get(name):
+                wrong.append(f"other {name}")
     except Exception as error:
-        raise InputError(f"{path} cannot be read ({error!r}): remove its folder to start anew") from error
-    damaged = gather(damaged)[0]
-    changed = sum(gather(changed), [])
-    check(not damaged, path, f"{damaged} damaged", "a whole file; remove its folder to start anew")
-    check(not changed, path, f"other {changed}", "this run's; remove it or give another --out or --name")
+        wrong = [repr(error)]
+    wrong = sum(gather(wrong), [])
+    check(not wrong, path, wrong, "this run's, whole, seen by all; remove it, or give another --name")
     return state
 
 def optimizer_for(model, args):  # AdamW; biases and norms are not decayed
@@ -675,20 +646,19 @@ def read_once(teacher, data, folder, device):
     processes share the reading, and a memory-mapped file that holds the states."""
     rank, machines = world()[0], gather(Path("/proc/sys/kernel/random/boot_id").read_text())
     node = [other for other, machine in enumerate(machines) if machine == machines[rank]]  # its processes
-    lengths, head = [pair.t.length for pair in data], teacher.head
-    path = folder / f"states-{node[0]}.tmp"
-    size = sum(lengths) * head.shape[1]
-    with open(path, "ab") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, size * head.itemsize)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise OSError(f"{path} cannot be written ({error})") from error
-    states = torch.from_file(str(path), shared=True, size=size, dtype=head.dtype)
+    lengths, (_, d_t) = [pair.t.length for pair in data], teacher.head.shape
+    path, size = folder / f"states-{node[0]}.tmp", sum(lengths) * d_t
+    try:
+        with open(path, "ab") as file:
+            os.posix_fallocate(file.fileno(), 0, size * teacher.head.itemsize)
+        states = torch.from_file(str(path), shared=True, size=size, dtype=teacher.head.dtype)
+        gather()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
+    finally:
+        path.unlink(missing_ok=True)  # all have it open: nothing is left of it, however the run ends
     say("the teacher's states take", states.nbytes / 1e9, "GB of memory or disk on each node")
-    gather()
-    path.unlink(missing_ok=True)  # all have it open: nothing is left of it, however the run ends
-    states = states.view(-1, head.shape[1]).split(lengths)
+    states = states.view(-1, d_t).split(lengths)
     # batches are decided by the rows alone: a restart gets the same numbers
     sizes = [len(pair.t.ids) for pair in data]
     for rows in batches(sizes, 16, "the teacher reads the rows", node.index(rank), len(node)):
@@ -712,8 +682,8 @@ def gradient(model, micro_batches, step, args, device):  # lists of `Pair`s, of 
         s, t = [collate(side, device) if side[0] else None for side in zip(*micro_batches[m])]
         seed_torch(args.seed, step, m)
         # processes exchange gradients once a step, in the backward pass of their last micro-batch
-        postponed = processes > 1 and m + processes < len(micro_batches)
-        with model.no_sync() if postponed else nullcontext():
+        exchanges = processes == 1 or m + processes >= len(micro_batches)
+        with nullcontext() if exchanges else model.no_sync():
             with autocast(device):
                 loss, terms = model(s, t, n_s, n_t)
             (loss * processes).backward()  # DistributedDataParallel takes the mean over processes
@@ -725,9 +695,10 @@ def set_up(args, rows, loaded, distiller):
     # 1. models
     models, tokenizers = zip(*loaded)
     student, teacher = models[0], None
-    if len(models) > 1:
-        whole, E_t = models[1].requires_grad_(False), models[1].get_input_embeddings()
-        teacher = argparse.Namespace(model=whole, embeddings=E_t, head=head_of(whole))
+    for whole in models[1:]:
+        whole.requires_grad_(False)
+        teacher = argparse.Namespace(
+            model=whole, embeddings=whole.get_input_embeddings(), head=head_of(whole))
     seed_torch(args.seed)
     model = distiller(student, teacher, args).to(student.device)
     if args.recompute:
@@ -768,7 +739,7 @@ def train(args, rows, folder, loaded, distiller=Distiller):
         "parameters:", sum(x.numel() for x in model.parameters() if x.requires_grad))
 
     write_log(folder, state)  # this and args.json are for people: state.pt has what they say
-    write_json(folder / "args.json", identity=identity, command=sys.argv, args=vars(args))
+    write_json(folder / "args.json", dict(identity=identity, command=sys.argv, args=vars(args)))
 
     # 2. the teacher reads each row once; from then on only its embeddings and head are needed
     if model.teacher and state["step"] < total_steps:
@@ -823,7 +794,7 @@ def train(args, rows, folder, loaded, distiller=Distiller):
         if saves:
             moments = optimizer.state_dict() if step < total_steps else None
             state |= dict(step=step, model=model.state_dict(), optimizer=moments)
-            write_state(folder / "state.pt", state)
+            replace(folder / "state.pt", lambda fresh: torch.save(state, fresh))
             since = time.perf_counter()
     gather()  # the first process may still be writing
     return folder / "best"
@@ -837,7 +808,7 @@ def rouge_l(predictions, references):
 
 def prompts_of(model, tokenizer, rows, args):  # as ids; InputError: no room for prompt and response
     # NOT IN PAPER: a long prompt keeps its end (departure 7)
-    prompts = prompt_ids(tokenizer, [row.prompt for row in rows], args.max_prompt)
+    prompts = [prompt_ids(tokenizer, row.prompt, args.max_prompt) for row in rows]
     check_readable(model, prompts, "--max-prompt or --max-new-tokens", args.max_new_tokens)
     return prompts
 
@@ -865,7 +836,7 @@ def evaluate(args, source, model, tokenizer, tests, folder):
     """Samples and scores each test set once a seed; writes predictions/ and eval.json into the folder."""
     seeds = args.eval_seeds if args.eval_temperature else args.eval_seeds[:1]  # else all are alike
     model.generation_config = decoding(model.generation_config.eos_token_id, tokenizer.eos_token_id,
-                                       args.eval_temperature, no_repeat_ngram_size=args.no_repeat_ngram)
+                                       args.eval_temperature, args.no_repeat_ngram)
     if world()[0] == 0:
         (folder / "eval.json").unlink(missing_ok=True)  # it is of predictions that are replaced now
     means = {name: [] for name in tests}  # of each set, one a seed
@@ -873,13 +844,14 @@ def evaluate(args, source, model, tokenizer, tests, folder):
         for seed in seeds:
             texts, scores = respond(model, tokenizer, rows, seed, args)
             means[name].append(float(np.mean(scores)))
-            write_json(folder / f"predictions/{name}-{seed}.json", rows=rows, texts=texts, rougeL=scores)
+            predictions = dict(rows=rows, texts=texts, rougeL=scores)
+            write_json(folder / f"predictions/{name}-{seed}.json", predictions)
     sets = list(means.values())
     if len(sets) > 1:
         means["OOD"] = np.mean(sets[1:], 0).tolist()
     means["All"] = np.mean(sets, 0).tolist()
     result = dict(model=str(source), args=vars(args), rougeL=means)
-    write_json(folder / "eval.json", **result)
+    write_json(folder / "eval.json", result)
     say(f"{source}, ROUGE-L, mean and standard deviation over sampling seeds:")
     for name, values in means.items():
         spread = np.std(values, ddof=min(1, len(values) - 1))
@@ -891,6 +863,8 @@ TEST_SETS = ["Dolly=MiniLLM/dolly/valid.jsonl", "SelfInst=MiniLLM/self-inst/vali
              "Vicuna=MiniLLM/Vicuna/valid.jsonl", "S-NI=MiniLLM/sinst/11_/valid.jsonl",
              "UnNI=MiniLLM/uinst/11_/valid.jsonl"]
 MAY_BE_ZERO = "skew weights kq_weight clip seed eval_seeds eval_temperature no_repeat_ngram".split()
+TEACHERS_TOO = """dev_rows max_prompt max_length max_new_tokens micro_batch eval_batch recompute
+    save_every""".split()
 
 def build_parser(methods=("cma", "sft")):
     """The command line as an argparse parser. methods: the choices of --method, the default first."""
@@ -959,13 +933,13 @@ def check_settings(args):  # what argparse lets through
     check(any(args.weights), "--weights", args.weights, "one that is not 0")
     check(len({*args.eval_seeds}) == len(args.eval_seeds), "--eval-seeds", args.eval_seeds, "each once")
     check(args.name or not args.eval_only, "--eval-only", "no --name", "one, for the evaluation's folder")
-    name = args.name or ""
-    check(name != ".." and Path(name).name == name, "--name", name, "a folder's name, without a path")
+    usable = re.fullmatch(r"\w[^/]*", args.name or "x")
+    check(usable, "--name", args.name, "a folder's name, without a path")
 
 def experiment(args, device, distiller):
     """Fine-tunes the teacher if need be, trains, evaluates the best; returns what eval.json holds."""
-    # 1. models, and rows without the models' end marks
-    out, tests = Path(args.out), {}
+    # 1. models, and rows without their end marks
+    out, tests, prompts = Path(args.out), {}, []
     taught = args.method != "sft" and not args.eval_only
     for item in args.tests:
         name, _, source = item.partition("=")
@@ -976,8 +950,7 @@ def experiment(args, device, distiller):
     if taught:
         dtype = precision(device) if args.teacher_ready else torch.float32
         loaded.append(load_model(args.teacher, device, dtype))
-    marks = [*END_MARKS, *[mark for model, tokenizer in loaded for mark in end_marks(model, tokenizer)]]
-    prompts = []
+    marks = sum([tokenizer.all_special_tokens for _, tokenizer in loaded], [])
     for name, path in tests.items():
         tests[name] = read_rows(path, args.eval_limit, marks)
         prompts += prompts_of(*loaded[0], tests[name], args)  # raises what `respond` would, but now
@@ -985,11 +958,9 @@ def experiment(args, device, distiller):
     # 2. a checkpoint
     if args.eval_only:
         folder = out / args.name
-        names = "max_prompt", "max_new_tokens", "eval_seeds", "eval_temperature", "no_repeat_ngram"
+        names = "max_new_tokens", "eval_seeds", "eval_temperature", "no_repeat_ngram"
         identity = {name: getattr(args, name) for name in names}
-        ends = loaded[0][0].generation_config.eos_token_id
-        weights = fingerprint([model_fingerprint(loaded[0][0]), ends])
-        identity |= dict(tests=fingerprint([tests, prompts]), weights=weights)
+        identity |= dict(tests=fingerprint([tests, prompts]), weights=model_fingerprint(loaded[0][0]))
         with lock(folder):
             recall(folder, identity)
             return evaluate(args, args.eval_only, *loaded[0], tests, folder)
@@ -1000,9 +971,8 @@ def experiment(args, device, distiller):
     if taught and not args.teacher_ready:
         data = pairs(rows[args.dev_rows:], [loaded[0][1]], args.max_prompt, args.max_length)
         check_readable(loaded[0][0], [pair.s.ids for pair in data], "--max-length")  # now, not hours later
-        settings = build_parser().parse_args(["--method", "sft", "--student", args.teacher])
-        for name in """dev_rows max_prompt max_length max_new_tokens micro_batch eval_batch recompute
-                       save_every""".split():
+        settings = build_parser().parse_args(["--method", "sft"])
+        for name in TEACHERS_TOO:
             setattr(settings, name, getattr(args, name))
         settings.epochs, settings.lr = args.teacher_epochs, args.teacher_lr
         settings.batch_size = min(settings.batch_size, max(1, len(data)))
@@ -1013,8 +983,8 @@ def experiment(args, device, distiller):
         loaded[1] = load_model(args.teacher, device, precision(device))
 
     # 4. the student
-    name = args.method + "-ga" * args.ga + f"-{args.div}" * (args.method != "sft")
-    folder = out / f"{args.name or name}-{args.seed}"
+    name = args.name or args.method + "-ga" * args.ga + f"-{args.div}" * (args.method != "sft")
+    folder = out / f"{name}-{args.seed}"
     with lock(folder):
         best = train(args, rows, folder, loaded, distiller)
         return evaluate(args, best, *load_model(best, device), tests, folder)

@@ -341,17 +341,16 @@ def test_what_is_left_out_or_not_read_is_told_once(tmp_path, capsys):
     row = dict(prompt="P", output="a", teacher_prompt="e\u0301")  # texts are composed: é
     empty = [row | dict(output=output) for output in (None, "", " \n", "</s>", [], ["", None])]
     unread = [row | dict(input="I", system="S"), row | dict(system="S", history=None)]
-    assert rows_of(tmp_path, *empty, *unread, marks=["</s>"]) == 2 * [Row("P", ["a"], "\u00e9")]
+    assert rows_of(tmp_path, *empty, *unread) == 2 * [Row("P", ["a"], "\u00e9")]
     assert re.fullmatch(r".*rows.jsonl.*\b6\b.*: input system\n", capsys.readouterr().out)
     assert rows_of(tmp_path, row) and capsys.readouterr().out == ""
 
 @pytest.mark.parametrize("output, text", [
-    ("warm<|endoftext|>\n", "warm"), ("warm \n </s>", "warm"), (" a </s>\t<|endoftext|></s> \n", " a"),
-    ("a</s>b", "a</s>b"), ("</s>a\n", "</s>a\n")])
+    ("warm<|endoftext|>\n", "warm"), ("warm \n </s>", "warm"), (" a </s>\t<stop></s> \n", " a"),
+    ("a</s>b", "a</s>b"), ("</s>a\n", "</s>a\n"), ("a<go>", "a<go>")])
 def test_end_marks_are_taken_off_the_ends_of_answers(tmp_path, output, text):
     row = dict(prompt="P</s>", output=["b", output])
-    assert rows_of(tmp_path, row, marks=["<|endoftext|>", "</s>"]) == [Row("P</s>", ["b", text])]
-    assert rows_of(tmp_path, row) == [Row("P</s>", ["b", output])]
+    assert rows_of(tmp_path, row, marks=["<stop>"]) == [Row("P</s>", ["b", text])]
 
 @pytest.mark.parametrize("line, named", [
     ('{"prompt": "P", "output": "a"', ":"), (b'{"prompt": "P", "output": "\xff"}', ":"), ("[" * 100000, ":"),
@@ -465,7 +464,7 @@ WRONG = dict(  # models that are not what the equations need, and what the refus
     gemma_ahead=(lambda: hf.Gemma3TextConfig(**GEMMA, use_bidirectional_attention=True), "later_tokens"),
     padding_counts=(lambda: hf.RwkvConfig(**SMALL | dict(attention_hidden_size=32)), "padd|alone"))
 EDITS = dict(  # of config.json
-    missing=dict(num_hidden_layers=3, layer_types=3 * ["full_attention"]), logits=dict(rms_norm_eps=NAN),
+    missing=dict(num_hidden_layers=3, layer_types=3 * ["full_attention"]), nan=dict(rms_norm_eps=NAN),
     quanti=dict(quantization_config=dict(quant_method="awq", bits=4, group_size=32)))
 
 def spoil(folder, how):
@@ -511,13 +510,11 @@ def test_of_a_models_settings_of_generation_only_its_stop_tokens_count(file, tmp
     (tmp_path / "model/generation_config.json").unlink()
     for settings in (own, own | ODD):
         write_lines(path, json.dumps(settings))
-        loaded, tokenizer = load_model(source, CPU)
-        loaded.save_pretrained(tmp_path / "saved")
+        load_model(source, CPU)[0].save_pretrained(tmp_path / "saved")
         saved = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
         torch.manual_seed(0)
         found.append(saved.generate(torch.tensor([[9, 6, 7]]), max_length=20).tolist())
     assert found[0] == found[1] and saved.generation_config.top_k == 0
-    assert dskd_ga.end_marks(loaded, tokenizer) == ["<|endoftext|>", "<turn>"]  # 5 is a letter
     saved.transformer.ln_f.weight.data.zero_()
     for stop in (0, 5, 257):
         saved.transformer.ln_f.bias.data = 99 * saved.lm_head.weight.data[stop]  # it says nothing else now
@@ -663,7 +660,7 @@ def shape(path):
     return len(lines), density, max(map(len, lines)), longest, nested
 
 @pytest.mark.parametrize("paths, most, densest", [
-    ([HERE / "dskd_ga.py"], 1050, 6.9), (TESTS, 2000, 8.5), (OTHERS, 1130, 7.2)])
+    ([HERE / "dskd_ga.py"], 1025, 6.9), (TESTS, 2000, 8.5), (OTHERS, 1130, 7.2)])
 def test_files_are_short_and_plain(paths, most, densest):
     total = 0
     for path in paths:
@@ -839,7 +836,7 @@ def refused(capsys, command):
 
 def others(message):
     """The state that a refusal is about, and the settings that it names."""
-    return message.split()[1], sorted(re.findall(r"'([\w ]+)'", message))
+    return message.split()[1], sorted(re.findall(r"'other ([\w ]+)'", message))
 
 GA = dict(ga=True, all_positions=True)  # without the choice of positions by argmax, which may be a near-tie
 # a line a step, and dev scores that are all equal
@@ -929,7 +926,7 @@ def test_of_a_students_settings_only_the_stop_tokens_count(small, runs, tmp_path
     same_end(run(small, tmp_path, student=bare, **GA), runs.plain)
     settings = json.loads((runs.plain / "best" / "generation_config.json").read_text())
     meant = dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, eos_token_id=[0, 7], pad_token_id=0)
-    assert settings.pop("transformers_version") and settings == meant
+    assert settings.pop("transformers_version") and settings == meant | dict(no_repeat_ngram_size=0)
 
 def test_end_marks_in_answers_change_nothing(small, runs, tmp_path):
     mine = shutil.copytree(small, tmp_path / "mine")
@@ -1113,9 +1110,7 @@ def test_two_processes_give_the_same_run_also_when_one_is_killed(small, runs, tm
 
 def test_processes_that_are_started_wrongly_train_nothing(small, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
-    (there / "cma-skl-10").mkdir(parents=True)
-    write_lines(there / "cma-skl-10" / "lock", "0" * 16)  # from another run
-    said = "dskd_ga.py: .*(another folder|RANK|found other \\['lr'\\]).*\n"
+    said = "dskd_ga.py: .*(state.pt: found .*FileNotFound|RANK|found \\['other lr'\\]).*\n"
     mixed = flags(small, tmp_path / "mixed"), flags(small, tmp_path / "mixed", lr=1e-3)
     alone = Child(flags(small, here), RANK="0")
     for child in (*pair(flags(small, here), flags(small, there)), *pair(*mixed), alone):
@@ -1213,7 +1208,8 @@ def test_contents_decide_whether_it_is_the_same_run(small, tmp_path, capsys):
 @steady
 def test_a_full_disk_is_told_and_leaves_the_last_save(small, runs, tmp_path, moment, last):
     child, folder = Child(flags(small, tmp_path, **GA), broken(*moment)), tmp_path / "cma-ga-skl-10"
-    assert child.wait() == 2 and re.fullmatch("dskd_ga.py: .*File too large.*\n", child.errors), child.errors
+    said = "dskd_ga.py: .*(File too large|cannot be written).*\n"
+    assert child.wait() == 2 and re.fullmatch(said, child.errors), child.errors
     assert state_of(folder)["step"] == last and (last == 0 or weights(folder / "best"))
     same_end(run(small, tmp_path, **GA), runs.steady)
 
