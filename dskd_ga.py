@@ -401,10 +401,10 @@ class Pair(NamedTuple):  # a row as student and teacher read it; without a teach
 END_MARKS = "<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"
 
 def fetch(source):  # a local path, or ORG/DATASET/FILE of the hub, which is downloaded once
-    if os.path.exists(source) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*/.+", source):
+    if os.path.exists(source):
         return source
-    org, dataset, file = source.split("/", 2)
     try:
+        org, dataset, file = source.split("/", 2)
         return hf_hub_download(f"{org}/{dataset}", file, repo_type="dataset")
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: found no such file here, nor on the hub ({error})") from error
