@@ -116,7 +116,7 @@ PARTNERS = dict(kd=[[0, 1, 2, 3], [0, 1], [0, 1, 2, 3, 4]], uld=[[0, 1, 2, -1], 
     ("uld", 7, slow_uld), ("uld", 3, slow_uld), ("mined", 7, slow_mined)])
 def test_losses_of_logits(method, size_t, slow):
     model = distiller(baselines.METHODS[method], 5, size_t, "--temperature 1.5 --weights 0.7 9 0.2 9")
-    model.vocabulary = torch.tensor([0, 3, -1, 3, 1, -1, 3])  # mined's map
+    model.vocabulary = torch.tensor([0, 3, 3, 0, 1, 3])  # mined's map, of fewer tokens than the head has
     partners = PARTNERS[method]
     t_lengths = S_LENGTHS if method == "kd" else T_LENGTHS
     rows_s, h_s = states(S_LENGTHS, 4, 2)
@@ -153,7 +153,6 @@ def test_dskd():
     p_t = (h_t @ W_t.T / 1.5).softmax(1)
     q_s2t = (model.proj.s2t(h_s) @ W_t.T / 1.5).softmax(1)
     kd_t2s, kd_s2t = skl(z_s, z_t2s.detach()), kl(p_t, q_s2t)
-    assert out["n_correct"] < len(target)  # but KD^{t->s} is at every position
     same([out["kd_t2s"], out["kd_s2t"]], [kd_t2s, kd_s2t])
     loss = 0.1 * ce(z_s, target) + 0.2 * ce(z_t2s, target) + 0.3 * kd_t2s + 0.4 * kd_s2t
     agree(out["loss"], loss, [*rows_s, W_s, *model.proj.parameters()])
@@ -209,7 +208,7 @@ def test_mined_matches_what_the_map_sends_to_the_very_token():
     assert numbers("02134556", "0231456") == ([0, -1, 3, 4, -1, 5, 5, -1], [0, -2, -2, 3, 4, 5, -2])
     # "▁abcd" "-----" "efgh" and "45" "." "." "-----": were the mark a letter, nothing would be matched
     assert numbers("354", "3005") == ([-1, 3, -1], [-2, -2, -2, 3])
-    assert model.vocabulary.tolist() == model.nearest == [0, 1, 2, 0, 3, 5, 0, 1, 0, -1, -1]
+    assert model.vocabulary.tolist() == [0, 1, 2, 0, 3, 5, 0, 1, 0]
     assert baselines.token_map(["", "x" * 310], ["x" * 260, "yyy"], block=1) == [1, 0]  # distances over 255
 
 # ---- matching.py
