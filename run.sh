@@ -134,9 +134,7 @@ case $job in
                     echo "$rows mined-$seed experiments/baselines.py --method mined"
                     echo "$rows clp-skl-$seed experiments/chunks.py --method clp"
                     echo "$rows cla-skl-$seed experiments/chunks.py --method cla"
-                    for match in ct unsaturated mmd; do
-                        echo "$rows cma-$match-skl-$seed experiments/matching.py --match $match"
-                    done
+                    echo "$rows cma-ct-skl-$seed experiments/matching.py --match ct"
                     echo "$rows cma-ga-nq-skl-$seed experiments/matching.py --match ga --normalise-queries"
                 done
             done
