@@ -479,27 +479,25 @@ def refused(capsys, message, *argv):
     assert message in error and error.count("\n") == 1
 
 T_1, T_2 = 12.706, 4.303  # Student's t from a table: 97.5 %, one and two degrees of freedom
-SHARED, APART = T_2 / math.sqrt(3), T_2 * math.sqrt(2)  # half the interval of 1, 2, 3; of two twos, 2 apart
+SHARED = T_2 / math.sqrt(3)  # half the interval of 1, 2, 3
 
 @pytest.mark.parametrize("ours, theirs, mean, half, over", [
     ("1:1 2:12 3:23", "3:20 2:10 1:0", 2, SHARED, "3/3"),  # by seed, not by place
     ("1:-1 2:11 3:23", "1:0 2:10 3:20", 1, 2 * SHARED, "2/3"),
     ("1:1 2:13", "1:0 2:10", 2, T_1, "2/2"),
-    ("1:99 2:1 3:13", "2:0 3:10 4:-99", 2, T_1, "2/2"),  # they share a part of their seeds
-    ("1:1 2:3", "3:4 4:6", -3, APART, "n 2, 2"),
-    ("1:1 2:3", "2:4 4:6", -3, APART, "n 2, 2"),  # a single pair has no spread
-    ("1:1 2:3", "3:4.999 4:5 5:5.001", -3, T_1, "n 2, 3")])  # Welch's: nearly all spread is of the two
+    ("1:99 2:1 3:13", "2:0 3:10 4:-99", 2, T_1, "2/2")])  # they share a part of their seeds
 def test_intervals_over_training_seeds_by_hand(ours, theirs, mean, half, over):
     low, high, found = report.interval(runs("a " + ours), runs("b " + theirs))
     assert [low, high] == pytest.approx([mean - half, mean + half], abs=0.01) and found == over
 
-def test_with_one_training_run_the_interval_is_over_test_rows():
+def test_with_less_than_two_shared_seeds_the_interval_is_over_test_rows():
     one = run("a", 1, 50, (11, 32, 53))
     two = [run("b", 1, 0, (10, 20, 50)), run("b", 2, 0, (10, 40, 50))]
     low, high, over = report.interval([one], two)  # 1, 2, 3 ahead of the mean over both
     assert [low, high] == pytest.approx([2 - SHARED, 2 + SHARED], abs=0.001) and over == "rows"
     for other in (one, *two):  # a second set, with 5 and 7 ahead, counts as much as the first
         other.rows["t"] = [5, 7] if other is one else [0, 0]
+    one = one._replace(seed=2)
     (low, high, _), half = report.interval(two, [one]), math.hypot(SHARED, T_1) / 2
     assert [low, high] == pytest.approx([-4 - half, -4 + half], abs=0.001)
 
@@ -514,11 +512,11 @@ def test_a_table_keeps_training_and_sampling_seeds_apart(tmp_path, capsys):
     kept = keep(tmp_path / "x.json", found)
     lines = printed(capsys, kept, "--baseline", "b", "--numbers", "top")
     assert lines[0] == ("ROUGE-L | seeds | seen | longer | All | less b | "
-                        "seen, greedy | longer, greedy | All, greedy | less b, greedy | top")
+                        "seen, greedy | longer, greedy | All, greedy | top")
     # sft on `seen`: runs of mean 2 and 6, of variance 2 and 1; on All 3 and 3.5 ahead, so 3.25 ± t / 4
     assert lines[2] == ("sft | 2 | 4.00 ± 2.83 (1.22) | 6.50 ± 0.71 (0.71) | 6.50 ± 0.71 (0.71) | "
-                        "+3.25 [+0.07, +6.43] 2/2 |  |  |  |  | ")
-    assert lines[3].endswith("3.25 ± 0.35 (1.80) |  | 7.00 | 1.00 | 1.00 |  | 0.62 ± 0.18")
+                        "+3.25 [+0.07, +6.43] 2/2 |  |  |  | ")
+    assert lines[3].endswith("3.25 ± 0.35 (1.80) |  | 7.00 | 1.00 | 1.00 | 0.62 ± 0.18")
     refused(capsys, "--baseline: found x, expected one of sft, b, b-greedy", kept, "--baseline", "x")
     refused(capsys, "sft: found seed 1 twice", kept, kept)
     other = found[0]._replace(name="c", rows=dict(seen=[1], longer=[3, 4]))
@@ -534,12 +532,11 @@ def test_a_summary_has_a_line_a_setting_and_what_the_paper_reports(tmp_path, cap
     assert lines[0].startswith("All, f is skl | CMA-GA less CMA | CMA-GA less CMA, greedy | CMA-GA less SFT")
     assert lines[2:5] == [  # 1, 0.9, 1.1 ahead, greedily 1 and 3; 6, 8, 7 and 7, 8.9, 8.1 behind
         "new | +1.00 [+0.75, +1.25] 3/3 ahead | +2.00 [-10.71, +14.71] 2/2 level | "
-        "-7.00 [-9.48, -4.52] 0/3 behind | -8.00 [-10.37, -5.63] 0/3 behind | 2.0",
-        "demo | +1.50 [-4.85, +7.85] rows |  |  |  | ",  # one training run has no verdict
-        "the paper | OOD +0.37, where f of CMA is srkl; All 16.40 to 18.32, where f is kl |  |  |  | "
-        "not given"]
+        "-7.00 [-9.48, -4.52] 0/3 behind | -8.00 [-10.37, -5.63] 0/3 behind",
+        "demo | +1.50 [-4.85, +7.85] rows |  |  | ",  # one training run has no verdict
+        "the paper | OOD +0.37, where f of CMA is srkl; All 16.40 to 18.32, where f is kl |  |  | "]
 
-def write_run(folder, *scores, **settings):
+def write_run(folder, *scores):
     """A finished run on a test set of four rows; scores: of each sampling seed."""
     prompts = ["Compare 12 and 13", "Which is larger, 1 or 2?", "Compare 5 and 6", "Say in reverse: lake"]
     rows = [[f"Task: {prompt}\nAnswer:\n", ["x"], None] for prompt in prompts]
@@ -547,13 +544,13 @@ def write_run(folder, *scores, **settings):
     for seed, values in enumerate(scores):
         dskd_ga.write_json(folder / f"predictions/s-{seed}.json", rows=rows, rougeL=values)
     means = np.mean(scores, 1).tolist()
-    args = dict(eval_seeds=[0, 1], eval_temperature=1) | settings
-    dskd_ga.write_json(folder / "eval.json", args=args, rougeL=dict(s=means, All=means))
-    (folder / "log.jsonl").write_text('{"step": 100, "ce": 1.23456}\n{"step": 110, "ce": 1}\n'
-                                      '{"step": 200, "ce": 2}\n{"step": 210, "dev_rougeL": 50}\n')
+    dskd_ga.write_json(folder / "eval.json", args=dict(eval_seeds=[0, 1]), rougeL=dict(s=means, All=means))
+    log = [dict(step=100, D_q=0.12345, D_k=0), dict(step=110, D_q=1, D_k=1), dict(step=200, D_q=1, D_k=0),
+           dict(step=200, dev_rougeL=50)]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
     return folder
 
-def test_tasks_are_kept_and_one_that_differs_much_between_seeds_is_a_lottery(tmp_path, capsys):
+def test_tasks_and_curves_are_kept(tmp_path, capsys):
     folders, kept = [], tmp_path / "kept.json"
     for seed, first in ((1, 10), (2, 34)):  # in the mean over samplings; so "Compare" is 5 and 17 ahead
         folders.append(write_run(tmp_path / f"cma-skl-{seed}", [1, 20, 3, 0], [3, 20, 5, 0]))
@@ -561,20 +558,16 @@ def test_tasks_are_kept_and_one_that_differs_much_between_seeds_is_a_lottery(tmp
         folders.append(write_run(tmp_path / f"cma-ga-skl-{seed}", *ours))
     printed(capsys, *folders, "--keep", kept)
     assert printed(capsys, "--tasks", "s", kept)[2:5] == [
-        "Compare (2 rows) | +11.00 [-65.24, +87.24] 2/2 level |  |  |  | 8.5, a lottery",
-        "Which is larger (1 rows) | +0.75 [-2.43, +3.93] 2/2 level |  |  |  | 0.4",
-        "Say in reverse (1 rows) | +1.50 [-4.85, +7.85] 2/2 level |  |  |  | 0.7"]
-    assert report.read_runs(kept)[0].curves == dict(ce=[[100, 1.235], [200, 2]], dev_rougeL=[[210, 50]])
+        "Compare (2 rows) | +11.00 [-65.24, +87.24] 2/2 level |  |  | ",
+        "Which is larger (1 rows) | +0.75 [-2.43, +3.93] 2/2 level |  |  | ",
+        "Say in reverse (1 rows) | +1.50 [-4.85, +7.85] 2/2 level |  |  | "]
+    assert report.read_runs(kept)[0].curves == dict(D_q=[[100, 0.123], [200, 1]], D_k=[[100, 0], [200, 0]])
+    greedy = write_run(tmp_path / "sft-greedy-1", [1, 2, 2, 3])  # one of two seeds
+    assert report.read_runs(greedy)[0].rows == dict(s=[1, 2, 2, 3])
+    (greedy / "predictions/s-0.json").unlink()
+    refused(capsys, "sft-greedy-1/predictions/s-0.json", greedy)
     keep(kept, runs("sft 1:1 2:2"))  # as former versions did, without tasks
     refused(capsys, "--tasks: found s, expected", kept, "--tasks", "s")
-
-@pytest.mark.parametrize("settings, message", [
-    (dict(eval_seeds=[1, 0]), "s: [2.0, 3.5] in eval.json, [3.5, 2.0] in predictions/"),
-    (dict(eval_temperature=0), "s: [2.0, 3.5] in eval.json, [2.0] in predictions/"),
-    (dict(eval_seeds=[0, 7]), "sft-10/predictions/s-7.json")])
-def test_scores_that_are_not_the_means_of_the_rows_are_refused(tmp_path, capsys, settings, message):
-    folder = write_run(tmp_path / "sft-10", [1, 2, 2, 3], [3, 4, 3, 4], **settings)
-    refused(capsys, message, folder)
 
 def test_kept_runs_have_the_table_of_the_finished_ones(data, tmp_path, capsys):
     kept = tmp_path / "kept.json"
@@ -602,4 +595,4 @@ def test_pictures(tmp_path):
     colours = [line.get_color() for line in [*panel.lines[1:3], *curves.lines]]
     assert colours == ["0.6", "C1", "0.6", "C1", "C1"] and curves.get_xscale() == "log"
     pictures.main([keep(tmp_path / "new.json", found), keep(tmp_path / "few.json", found[:3])])
-    assert matplotlib.image.imread(tmp_path / "discriminator.png")[:, 900:].min() == 1  # few has no curves
+    assert (tmp_path / "discriminator.png").exists() and (tmp_path / "differences.png").exists()
