@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from transformers.utils.logging import disable_progress_bar
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import dskd_ga
-from dskd_ga import check, collate, cross_model_attention, head_of, load_model, response_hidden, std_normalise
+from dskd_ga import (
+    at_real, check, collate, cross_model_attention, head_of, load_model, response_hidden, std_normalise)
 
 METHODS = ("clp", "cla")
 
@@ -77,8 +78,15 @@ class Chunks(dskd_ga.Distiller):  # CLP, CLA, or CMA with chunk numbers
 
     def distil(self, s, t, h_s, h_t):
         out = super().distil(s, t, h_s, h_t)
-        mass = (out["a_t2s"] * same_chunk(s, t)).sum()  # of attention in the right chunk
-        return out | dict(q=self.queries(out["q"], s), mass=mass)
+        q, a = self.queries(out["q"], s), out["a_t2s"]
+        real_q, real_k = at_real(q.detach(), s), at_real(out["k"], t)
+        gap = torch.dist(real_q.mean(0), real_k.mean(0))
+        return out | dict(
+            q=q,
+            mass=(a * same_chunk(s, t)).sum(),  # of attention in the right chunk
+            entropy=torch.special.entr(a).sum(),
+            norm_q=real_q.norm(dim=1).sum(),
+            mean_gap=len(real_q) * gap)  # a sum over positions, as the others
 
 # Finished runs ==============================================================================================
 def predictions(z, targets):  # (n, V), (n,) -> (n, 3): cross-entropy, entropy, if gold is the likeliest
@@ -89,25 +97,14 @@ def predictions(z, targets):  # (n, V), (n,) -> (n, 3): cross-entropy, entropy, 
 
 def alignment_numbers(rows):
     """How well A^{t->s} finds the right chunk, and how far queries are from keys: a dict of numbers.
-    rows: of each row q (n, w), k (m, w), a_t2s (n, m), and inside (n, m), True where a chunk is. Over the
-    positions that have a chunk: `mass` of attention inside it; `top`, the share whose strongest key is in it.
-    Of queries and keys: `mmd`, and `probe`, fitted on the even rows and tested on the odd ones."""
+    rows: of each row q (n, w), k (m, w), a_t2s (n, m), and inside (n, m), True where a chunk is. `mass` of
+    attention inside it is over the positions that have a chunk; `mmd`, of queries and keys, over at most 4096
+    of each, evenly spaced."""
     queries, keys, *rest = zip(*rows)
-    mass, top = [], []
-    for a, inside in zip(*rest):
-        has_chunk = inside.any(1)
-        mass.append((a * inside).sum(1)[has_chunk])
-        top.append(inside[range(len(a)), a.argmax(1)][has_chunk])
-    numbers = dict(mass=torch.cat(mass).mean(), top=torch.cat(top).double().mean(),
-                   mmd=mmd(some(queries), some(keys)))
-    if len(queries) > 1:
-        halves = queries[::2], keys[::2], queries[1::2], keys[1::2]
-        numbers["probe"] = probe(*map(some, halves))
-    return {name: float(number) for name, number in numbers.items()}
-
-def some(rows):  # their vectors; of more than 4096, evenly spaced ones
-    vectors = torch.cat(rows)
-    return vectors[::math.ceil(len(vectors) / 4096)]
+    mass = [(a * inside).sum(1)[inside.any(1)] for a, inside in zip(*rest)]
+    q, k = torch.cat(queries), torch.cat(keys)
+    q, k = q[::math.ceil(len(q) / 4096)], k[::math.ceil(len(k) / 4096)]
+    return dict(mass=torch.cat(mass).mean().item(), mmd=mmd(q, k).item())
 
 def mmd(x, y):  # (n, w), (m, w): squared, unbiased; kernel exp(-|a - b|^2 / median of all |a - b|^2)
     n = len(x)
@@ -120,18 +117,6 @@ def mmd(x, y):  # (n, w), (m, w): squared, unbiased; kernel exp(-|a - b|^2 / med
         pairs = block.numel() - len(block)  # but for those of a vector with itself
         within += (block.sum() - block.trace()) / max(1, pairs)
     return within - 2 * between
-
-def probe(x, y, x_test, y_test):  # balanced accuracy, on others, of a ridge regression of (n, w) and (m, w)
-    z = torch.cat([x, y]).double()
-    label = z.new_tensor([1] * len(x) + [-1] * len(y))
-    mean, middle = z.mean(0), label.mean()
-    z -= mean
-    covariance = z.mT @ z
-    covariance.diagonal().add_(1e-3 * covariance.trace() / len(z))
-    direction = torch.linalg.solve(covariance, z.mT @ label)
-    x_right = (x_test - mean) @ direction > -middle
-    y_right = (y_test - mean) @ direction < -middle
-    return (x_right.double().mean() + y_right.double().mean()).item() / 2
 
 @torch.no_grad()
 def read_run(folder):

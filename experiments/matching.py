@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Another way than GA, eq. (14), to bring queries and keys together, and GA less some of it, as controls.
-They take dskd_ga.py's flags, and log `mass`, the share of attention A^{t->s} that is in the right chunk.
+They take dskd_ga.py's flags. Beside its terms they log, as means over student positions, `mass` of attention
+A^{t->s} in the right chunk, its `entropy` in nats, `norm_q` of queries, and `mean_gap`, |mean q - mean k|.
 
     python experiments/matching.py --match ct --div kl  # conditional transport, eq. (15)
     python experiments/matching.py --match early        # GA for the first fifth of the training
@@ -30,9 +31,11 @@ class Critic(nn.Module):  # c and phi of eq. (15)
             layers = nn.Linear(width, hidden), nn.LeakyReLU(0.1), nn.Linear(hidden, hidden)
             self.add_module(name, UnitNetwork(nn.Dropout(dropout), *layers))
 
-def ct_loss(critic, q, k, s_mask, t_mask, n_s, n_t):
+def ct_loss(critic, q, k, s_mask, t_mask, n_s=None, n_t=None):
     """L_KQ of eq. (15) and, for the log, its detached halves. critic: `Critic`; the rest as in `ga_loss`. One
     backward pass serves all players: P_Q and the navigator descend this loss, the critic ascends it."""
+    n_s = s_mask.sum() if n_s is None else n_s
+    n_t = t_mask.sum() if n_t is None else n_t
     q, k = zero_padding(q, s_mask), zero_padding(k.detach(), t_mask)
     # the outer `reverse` turns the critic's gradient; the inner one turns back what goes on to the queries
     c_q, c_k = reverse(critic.critic(reverse(q))), reverse(critic.critic(k))

@@ -16,17 +16,20 @@ from scipy import stats
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from dskd_ga import InputError, check
 
-NUMBERS = "mass top mmd probe".split()  # see chunks.py
+NUMBERS = "mass", "mmd"  # see chunks.py
+CURVES = "D_q D_k mass entropy norm_q mean_gap".split()  # of log.jsonl
 COMPARED = {"CMA-GA less CMA": ("cma-ga-skl", "cma-skl"),
             "CMA-GA less CMA, greedy": ("cma-ga-skl-greedy", "cma-skl-greedy"),
             "CMA-GA less SFT": ("cma-ga-skl", "sft"),
             "CMA less SFT": ("cma-skl", "sft")}
-PAPER = "| the paper | OOD +0.37, where f of CMA is srkl; All 16.40 to 18.32, where f is kl |  |  |  |"
+PAPER = ("| the paper | OOD +0.37, where f of CMA is srkl; All 16.40 to 18.32, where f is kl |  |  |  | "
+         "not given |")
+LOTTERY = 8  # points of standard deviation over training seeds
 NOTE = """
 Mean ± standard deviation over training seeds (over sampling seeds). A difference is of All and has its 95 %
-t interval. k/n: over the n training seeds that both have, paired; k of them are ahead. "rows": they share
-less than two, so it is over test rows, paired, and says nothing about another training seed. Ahead, behind:
-it excludes 0; level: it holds 0."""
+t interval, over training seeds. k/n: over n seeds that both have, paired; k of them are ahead. n a, b: over a
+and b seeds that are not the same. "rows": one of both has a single training run, so it is over test rows,
+paired, and says nothing about another training seed. Ahead, behind: it excludes 0; level: it holds 0."""
 
 class Run(NamedTuple):
     name: str
@@ -34,7 +37,7 @@ class Run(NamedTuple):
     rougeL: dict        # test set, OOD, All -> ROUGE-L in percent, a list with one mean a sampling seed
     rows: dict = {}     # test set -> each row's ROUGE-L, the mean over sampling seeds; the paper gives none
     numbers: dict = {}  # those of numbers.json
-    curves: dict = {}   # D_q, D_k -> [step, value] for each line of log.jsonl that is kept
+    curves: dict = {}   # of CURVES: [step, value] for each line of log.jsonl that is kept
     tasks: dict = {}    # test set -> task -> which rows are of it
 
 def load(path):  # its numbers as a table or a picture shows them
@@ -47,7 +50,11 @@ def read_folder(folder):
     seeds = result["args"]["eval_seeds"][:len(run.rougeL["All"])]  # greedily the first alone
     for test_set in sorted(run.rougeL.keys() - {"OOD", "All"}):
         found = [load(folder / f"predictions/{test_set}-{seed}.json") for seed in seeds]
-        run.rows[test_set] = np.mean([one["rougeL"] for one in found], 0).round(1).tolist()
+        scores = [one["rougeL"] for one in found]
+        run.rows[test_set] = np.mean(scores, 0).round(1).tolist()
+        said, means = run.rougeL[test_set], np.mean(scores, 1).tolist()
+        if not np.allclose(said, means, atol=0.002):
+            raise ValueError(f"{test_set}: {said} in eval.json, {means} in predictions/")
         tasks = run.tasks[test_set] = {}  # named by the words before a number or a list
         for place, (prompt, *_) in enumerate(found[0]["rows"]):
             words = re.match(r"(?:Task: )?([^\d:]{0,40})", prompt)[1]
@@ -58,8 +65,8 @@ def read_folder(folder):
     lines = log.read_text().splitlines() if log.exists() else []
     for line in map(json.loads, lines):
         step = line["step"]
-        if "D_q" in line and (step <= 100 or step % 100 == 0):
-            for name in ("D_q", "D_k"):
+        for name in CURVES:
+            if name in line and (step <= 100 or step % 100 == 0):
                 run.curves.setdefault(name, []).append([step, round(line[name], 3)])
     return run
 
@@ -97,6 +104,9 @@ def interval(group, base):
     if len(paired) > 1:
         over = f"{np.greater(paired, 0).sum()}/{len(paired)}"
         return *stats.ttest_1samp(paired, 0).confidence_interval(), over
+    if len(group) > 1 and len(base) > 1:  # Welch's
+        a, b = [list(overall(runs).values()) for runs in (group, base)]
+        return *stats.ttest_ind(a, b, equal_var=False).confidence_interval(), f"n {len(a)}, {len(b)}"
     ends = []
     for test_set in base[0].rows:
         ours = np.mean([run.rows[test_set] for run in group], 0)
@@ -116,7 +126,10 @@ def difference(group, base, verdict=False):
     return text
 
 def cell(group, column):  # the text of the runs' scores on a test set, or of one of their numbers
-    found = [run.numbers | run.rougeL for run in group]
+    found = []
+    for run in group:
+        curves = {f"{name}@{step}": x for name, points in run.curves.items() for step, x in points}
+        found.append(run.numbers | run.rougeL | curves)
     values = [numbers[column] for numbers in found if column in numbers]
     means = [np.mean(scores) for scores in values]
     text = f"{np.mean(means):.2f}" if means else ""
@@ -152,11 +165,22 @@ def table(runs, *baselines, numbers=NUMBERS):
     return markdown({title.replace("-greedy", ", greedy"): texts
                      for title, texts in columns.items() if any(texts)})
 
+def spread(groups):  # the text of the largest standard deviation over training seeds
+    most = 0
+    for name in ("sft", "cma-skl", "cma-ga-skl"):
+        scores = list(overall(groups.get(name, [])).values())
+        if len(scores) > 1:
+            most = max(most, np.std(scores, ddof=1))
+    if most > LOTTERY:
+        return f"{most:.1f}, a lottery"
+    return f"{most:.1f}" if most else ""
+
 def summary(settings):  # pairs of a line's name and its `Run`s
     groups = [by_name(runs) for _, runs in settings]
     columns = {"All, f is skl": [name for name, _ in settings]}
     for title, (name, base) in COMPARED.items():
         columns[title] = [difference(one.get(name), one.get(base), verdict=True) for one in groups]
+    columns["largest ±"] = [spread(one) for one in groups]
     return markdown(columns)
 
 def of_tasks(runs, test_set):  # for `summary`: each task and the runs, with their scores on its rows alone
@@ -174,7 +198,7 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=pathlib.Path, help="folder of a finished run, or FILE.json")
     add("--baseline", metavar="NAME", nargs="+", default=[], help="also print differences to these runs")
-    add("--numbers", metavar="NUMBER", nargs="+", default=NUMBERS, help="of numbers.json, to show")
+    add("--numbers", metavar="NUMBER", nargs="+", default=NUMBERS, help="of numbers.json, or CURVE@STEP of a log")
     add("--summary", action="store_true", help="print whether the adversary helps, a line a FILE.json")
     add("--tasks", metavar="SET", help="print that, a line a task of this test set")
     add("--keep", metavar="FILE", type=pathlib.Path, help="write what tables and pictures need")
