@@ -198,7 +198,7 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=pathlib.Path, help="folder of a finished run, or FILE.json")
     add("--baseline", metavar="NAME", nargs="+", default=[], help="also print differences to these runs")
-    add("--numbers", metavar="NUMBER", nargs="+", default=NUMBERS, help="of numbers.json, or CURVE@STEP of a log")
+    add("--numbers", metavar="NUMBER", nargs="+", default=NUMBERS, help="of numbers.json, or CURVE@STEP")
     add("--summary", action="store_true", help="print whether the adversary helps, a line a FILE.json")
     add("--tasks", metavar="SET", help="print that, a line a task of this test set")
     add("--keep", metavar="FILE", type=pathlib.Path, help="write what tables and pictures need")
