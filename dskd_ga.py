@@ -37,8 +37,7 @@ Glossary: B sequences; S and T student and teacher response positions; V_s and V
   D                   Discriminator  2 d_t -> logit            (14)
 """
 import argparse, datetime, fcntl, hashlib, json, math, os, re, shutil, sys, time, unicodedata
-from collections import Counter, defaultdict
-from contextlib import nullcontext
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import ZipFile
@@ -300,9 +299,9 @@ def say(*words):  # on rank 0, without breaking a progress bar
 def bar(items, name):  # disable=None: no bar where there is no terminal
     return tqdm(items, desc=name, leave=False, disable=world()[0] > 0 or None)
 
-def batches(lengths, size, name, part=0, parts=1):
+def batches(sequences, size, name, part, parts):
     """Batches of row numbers, `size` at a time, of like length; process `part` of `parts` gets its share."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
     for start in bar(range(part * size, len(order), parts * size), name):
         yield order[start:start + size]
 
@@ -338,8 +337,6 @@ def load_model(source, device, dtype=torch.float32):  # source: a folder or hub 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         end = tokenizer.eos_token_id
-        usable = tokenizer.is_fast and len(tokenizer) > 1 and end is not None
-        check(usable, "tokenizer", tokenizer, "a fast one that has an end of text")
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         model = model.to(device).eval().requires_grad_(False)  # a vision tower, say, gets no gradient
@@ -358,24 +355,25 @@ def load_model(source, device, dtype=torch.float32):  # source: a folder or hub 
         causal = torch.dist(longer[:2], hidden) <= 0.05 * hidden.norm()
         equal = torch.dist(generated.logits[0][0], logits) <= 0.05 * logits.norm()
         wrong = dict(
+            slow_tokenizer=not tokenizer.is_fast, empty_tokenizer=len(tokenizer) < 2,
             missing_weights=info["missing_keys"], adapter=find_adapter_config_file(str(source)),
             quantised_weights=hasattr(model, "hf_quantizer"), bias_of_head=head.bias is not None,
             cap_of_logits=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
             states_that_later_tokens_change=not causal, padded_logits_other_than_head_times_trunk=not equal)
-        wrong = {name: value for name, value in wrong.items() if value}
+        wrong = [name for name, value in wrong.items() if value]
         check(not wrong, "model", wrong, "none of these")
         return model, tokenizer
     except Exception as error:
         raise InputError(f"{source}: {error!r}") from error
 
 def check_readable(model, sequences, flags, more=0):  # lists of ids, `more` tokens after each; flags to lower
-    longest, highest = max(map(len, sequences), default=0) + more, max(map(max, sequences), default=0)
+    longest, highest = max(map(len, sequences)) + more, max(map(max, sequences))
+    size = len(model.get_input_embeddings().weight)
+    check(highest < size, model.name_or_path, f"the token {highest}", f"its {size} embeddings")
     for name in POSITIONS:
         limit = getattr(model.config.get_text_config(), name, None) or longest
         check(longest <= limit, model.name_or_path, f"a row of {longest} tokens",
               f"its {limit} positions: lower {flags}")
-    size = len(model.get_input_embeddings().weight)
-    check(highest < size, model.name_or_path, f"the token {highest}", f"its {size} embeddings")
 
 # 7. Data: text row -> two tokenisations of the same text -> padded batch ====================================
 class Row(NamedTuple):
@@ -415,35 +413,36 @@ def alpaca_prompt(instruction, context):  # with or without a further context
     return (f"Below is an instruction that describes a task{paired}. Write a response that appropriately "
             f"completes the request.\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n")
 
-def clean(text, place, marks=()):  # a text in NFC, less the marks at its end and the white space around them
-    check(isinstance(text, str), place, repr(text), "a text")
-    text = unicodedata.normalize("NFC", text)  # NOT IN PAPER (departure 8)
-    while text.rstrip().endswith(marks):
-        for mark in marks:
-            text = text.rstrip().removesuffix(mark).rstrip()
-    return text
+def clean(text, field):  # a text of a row, composed
+    check(isinstance(text, str), field, repr(text), "a text")
+    text.encode()  # fails on half a surrogate pair
+    return unicodedata.normalize("NFC", text)  # NOT IN PAPER (departure 8)
 
 def read_rows(path, limit=None, marks=()):
     """The `Row`s of a file of JSON lines: `prompt`, or `instruction` and maybe `input`; `output`, a text or a
     list of texts, which lose END_MARKS and marks at their ends; maybe `teacher_prompt`. null and "" are as if
     absent; a row without output is left out. InputError names line and field of a bad row."""
-    rows, unread, marks = [], set(), (*END_MARKS, *marks)
+    marks = "|".join(map(re.escape, (*END_MARKS, *marks)))
+    marks_at_end = re.compile(rf"(\s*({marks}))+\s*\Z")
+    rows, unread = [], set()
     lines = Path(path).read_bytes().rstrip().split(b"\n")[:limit]
     for number, line in enumerate(lines, 1):
-        place = f"{path}, line {number}"
         try:
             row = dict(json.loads(line.decode("utf-8-sig")))
-            json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair
+            row = {field: value for field, value in row.items() if value not in (None, "")}
+            take = lambda field, default=None: clean(row.pop(field, default), field)
+            output = row.pop("output", [])
+            output = output if isinstance(output, list) else [output]  # test sets have lists
+            texts = [clean(text, "output") for text in output if text is not None]
+            if "prompt" in row:
+                prompt = take("prompt")
+            else:
+                prompt = alpaca_prompt(take("instruction"), take("input", ""))
+            teacher_prompt = take("teacher_prompt", "") or None
         except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"{place}: found {error}, expected a JSON object") from error
-        row = {field: value for field, value in row.items() if value not in (None, "")}
-        take = lambda field, value=None: clean(row.pop(field, value), f"{place}, {field}")
-        output = row.pop("output", [])
-        output = output if isinstance(output, list) else [output]  # test sets have lists
-        texts = [clean(text, f"{place}, output", marks) for text in output if text is not None]
+            raise InputError(f"{path}, line {number}: {error}") from error
+        texts = [marks_at_end.sub("", text) for text in texts]
         texts = list(filter(str.strip, texts))
-        prompt = take("prompt") if "prompt" in row else alpaca_prompt(take("instruction"), take("input", ""))
-        teacher_prompt = take("teacher_prompt") if "teacher_prompt" in row else None
         if texts:
             rows.append(Row(prompt, texts, teacher_prompt))
         unread |= row.keys()
@@ -489,18 +488,18 @@ def step_rows(data, batch_size, micro_batch, seed, step):  # step: 1, 2, ...
     rows.sort(key=lambda pair: len(pair.s.ids))
     return [rows[i:i + micro_batch] for i in range(0, batch_size, micro_batch)]
 
-def padded(sequences, value=0, side="right"):  # one tensor, as long as the longest; without sequences None
+def padded(sequences, device, value=0, side="right"):  # one tensor, as long as the longest; of None: None
     if sequences[0] is not None:
         tensors = list(map(torch.as_tensor, sequences))
-        return nn.utils.rnn.pad_sequence(tensors, True, value, padding_side=side)
+        return nn.utils.rnn.pad_sequence(tensors, True, value, padding_side=side).to(device)
 
 def collate(examples, device):  # the examples as a `Side`
     ids, starts, chunk, hidden = zip(*examples)
-    pos = padded([range(start - 1, len(x) - 1) for x, start in zip(ids, starts)], -1)  # before each token
-    mask, pos, ids = pos >= 0, pos.clamp(min=0), padded(ids)
-    side = Side(inputs=ids.gather(1, pos), targets=ids.gather(1, pos + 1), mask=mask,
-                ids=ids[:, :-1], pos=pos, hidden=padded(hidden), chunk=padded(chunk, -1))
-    return Side(*[x if x is None else x.to(device) for x in side])
+    pos = [range(start - 1, len(x) - 1) for x, start in zip(ids, starts)]  # before each token
+    pos, ids = padded(pos, device, -1), padded(ids, device)
+    mask, pos = pos >= 0, pos.clamp(min=0)
+    return Side(inputs=ids.gather(1, pos), targets=ids.gather(1, pos + 1), mask=mask, ids=ids[:, :-1],
+                pos=pos, hidden=padded(hidden, device), chunk=padded(chunk, device, -1))
 
 # 8. Training ================================================================================================
 class Distiller(nn.Module):
@@ -576,7 +575,7 @@ def write_json(path, content):
 
 def write_log(folder, state, *lines):  # adds the lines to the state's log, and writes it
     state["log"] += lines
-    text = "".join(json.dumps(line) + "\n" for line in state["log"])
+    text = "\n".join(map(json.dumps, state["log"]))
     replace(folder / "log.jsonl", lambda fresh: fresh.write_text(text))
 
 def save_best(model, tokenizer, folder):  # for transformers' `from_pretrained`; and the projectors
@@ -587,26 +586,23 @@ def save_best(model, tokenizer, folder):  # for transformers' `from_pretrained`;
 
 def lock(folder):
     """Makes the folder. Another command waits here until what this returns is closed."""
-    if world()[0] > 0:
-        return nullcontext()  # the first process holds it for all
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if world()[0] == 0:  # it holds it for all processes
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         say("waits for another command that works in", folder)
         fcntl.flock(file, fcntl.LOCK_EX)
     return file
 
-def fingerprint(content, tensors=()):  # digits that are equal if all of these are
-    digest = hashlib.sha256(json.dumps(content, default=str).encode())
-    for tensor in tensors:
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def fingerprint(*content):  # digits that are equal if this is
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 def model_fingerprint(model):  # its weights, config and stop tokens, wherever they are from
     config = model.config.to_dict() | dict(_name_or_path=None, transformers_version=None)
-    return fingerprint([config, model.generation_config.eos_token_id], model.state_dict().values())
+    weights = [torch.hash_tensor(x).item() for x in model.state_dict().values()]
+    return fingerprint(config, model.generation_config.eos_token_id, weights)
 
 def recall(folder, identity):  # identity: a dict
     """The folder's state.pt, which alone says what the folder is and where its run is; a new folder gets
@@ -619,51 +615,49 @@ def recall(folder, identity):  # identity: a dict
     gather()
     try:  # mmap: the processes of a node share the file's pages; but then torch does not read the checksums
         state = torch.load(path, "cpu", weights_only=True, mmap=True)
-        damaged = ZipFile(path).testzip()
-        wrong = [f"damage in {damaged}"] if damaged else []
         known = state["identity"]
-        for name in sorted(known | identity):
-            if known.get(name) != identity.get(name):
-                wrong.append(f"other {name}")
+        other = [f"other {name}" for name in known | identity if known.get(name) != identity.get(name)]
+        wrong = ZipFile(path).testzip() or other
     except Exception as error:
-        wrong = [repr(error)]
-    wrong = sum(gather(wrong), [])
+        wrong = repr(error)
+    wrong = list(filter(None, gather(wrong)))
     check(not wrong, path, wrong, "this run's, whole, seen by all; remove it, or give another --name")
     return state
 
 def optimizer_for(model, args):  # AdamW; biases and norms are not decayed
-    groups = defaultdict(list)
+    groups = []
     for name, parameter in model.named_parameters():  # a tied weight comes once
         if parameter.requires_grad:
             peak = args.lr if name.startswith("student.") else args.lr_projectors
-            groups[peak, 1e-2 if parameter.ndim > 1 else 0.0].append(parameter)
-    settings = [dict(params=x, peak=peak, weight_decay=decay) for (peak, decay), x in groups.items()]
-    return torch.optim.AdamW(settings, fused=True)
+            decay = 1e-2 if parameter.ndim > 1 else 0.0
+            groups.append(dict(params=[parameter], peak=peak, weight_decay=decay))
+    return torch.optim.AdamW(groups, fused=True)
 
 @torch.no_grad()
 def read_once(teacher, data, folder, device):
     """The `Pair`s with h^t at their response positions, read by teacher.model, which is then freed. A node's
     processes share the reading, and a memory-mapped file that holds the states."""
-    rank, machines = world()[0], gather(Path("/proc/sys/kernel/random/boot_id").read_text())
-    node = [other for other, machine in enumerate(machines) if machine == machines[rank]]  # its processes
-    lengths, (_, d_t) = [pair.t.length for pair in data], teacher.head.shape
-    path, size = folder / f"states-{node[0]}.tmp", sum(lengths) * d_t
+    machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    machines = gather(machine)  # of all processes
+    part, parts = machines[:world()[0]].count(machine), machines.count(machine)
+    head, examples = teacher.head, [pair.t for pair in data]
+    path, lengths = folder / f"states-{machine}.tmp", [example.length for example in examples]
+    size = sum(lengths) * head.shape[1]
+    n_bytes = size * head.itemsize
+    say("the teacher's states take", n_bytes / 1e9, "GB of memory or disk on each node")
     try:
         with open(path, "ab") as file:
-            os.posix_fallocate(file.fileno(), 0, size * teacher.head.itemsize)
-        states = torch.from_file(str(path), shared=True, size=size, dtype=teacher.head.dtype)
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+        states = torch.from_file(str(path), shared=True, size=size, dtype=head.dtype)
         gather()
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error})") from error
     finally:
         path.unlink(missing_ok=True)  # all have it open: nothing is left of it, however the run ends
-    say("the teacher's states take", states.nbytes / 1e9, "GB of memory or disk on each node")
-    states = states.view(-1, d_t).split(lengths)
+    states = states.view(-1, head.shape[1]).split(lengths)
     # batches are decided by the rows alone: a restart gets the same numbers
-    sizes = [len(pair.t.ids) for pair in data]
-    for rows in batches(sizes, 16, "the teacher reads the rows", node.index(rank), len(node)):
+    ids = [example.ids for example in examples]
+    for rows in batches(ids, 16, "the teacher reads the rows", part, parts):
         with autocast(device):
-            hidden = response_hidden(teacher.model, collate([data[row].t for row in rows], device))
+            hidden = response_hidden(teacher.model, collate([examples[row] for row in rows], device))
         check(hidden.isfinite().all(), "the teacher's states", "one that is not finite", "numbers")
         for row, h in zip(rows, hidden):
             states[row].copy_(h[:lengths[row]])  # without the batch's padding
@@ -681,12 +675,11 @@ def gradient(model, micro_batches, step, args, device):  # lists of `Pair`s, of 
     for m in range(rank, len(micro_batches), processes):
         s, t = [collate(side, device) if side[0] else None for side in zip(*micro_batches[m])]
         seed_torch(args.seed, step, m)
-        # processes exchange gradients once a step, in the backward pass of their last micro-batch
-        exchanges = processes == 1 or m + processes >= len(micro_batches)
-        with nullcontext() if exchanges else model.no_sync():
-            with autocast(device):
-                loss, terms = model(s, t, n_s, n_t)
-            (loss * processes).backward()  # DistributedDataParallel takes the mean over processes
+        # DistributedDataParallel exchanges gradients once a step, in its last micro-batch's backward pass
+        model.require_backward_grad_sync = m + processes >= len(micro_batches)
+        with autocast(device):
+            loss, terms = model(s, t, n_s, n_t)
+        (loss * processes).backward()  # it takes the mean over processes
         shares.update(terms, loss=loss.detach(), tokens=s.mask.sum())  # Counter.update adds
     return shares
 
@@ -696,9 +689,8 @@ def set_up(args, rows, loaded, distiller):
     models, tokenizers = zip(*loaded)
     student, teacher = models[0], None
     for whole in models[1:]:
-        whole.requires_grad_(False)
         teacher = argparse.Namespace(
-            model=whole, embeddings=whole.get_input_embeddings(), head=head_of(whole))
+            model=whole, embeddings=whole.get_input_embeddings(), head=head_of(whole).detach())
     seed_torch(args.seed)
     model = distiller(student, teacher, args).to(student.device)
     if args.recompute:
@@ -706,13 +698,14 @@ def set_up(args, rows, loaded, distiller):
         student.activation_checkpointing_enable()
     # 2. rows
     prompts_of(student, tokenizers[0], rows[:args.dev_rows], args)  # raises what `respond` would, but now
-    data = pairs(rows[args.dev_rows:], tokenizers, args.max_prompt, args.max_length, model.annotate)
-    say(len(data), "rows to train on,", len(rows) - args.dev_rows - len(data), "are too long")
+    kept = rows[args.dev_rows:]
+    data = pairs(kept, tokenizers, args.max_prompt, args.max_length, model.annotate)
+    say(len(data), "rows to train on,", len(kept) - len(data), "are too long")
     check(len(data) >= args.batch_size, "rows to train on", len(data),
-          f"a batch of {args.batch_size} within --max-prompt and --max-length")
+          f"a batch of {args.batch_size} after --dev-rows, within --max-prompt and --max-length")
     # 3. identity: a run goes on only with equal rows, tokens, weights and settings
     identity = {name: value for name, value in vars(args).items() if name not in NO_IDENTITY}
-    identity["rows"] = fingerprint([rows, data])
+    identity["rows"] = fingerprint(rows, data)
     for name, reader, examples in zip(("student weights", "teacher weights"), models, zip(*data)):
         check_readable(reader, [example.ids for example in examples], "--max-length")
         identity[name] = model_fingerprint(reader)
@@ -736,8 +729,7 @@ def train(args, rows, folder, loaded, distiller=Distiller):
     micro_batch = min(args.micro_batch, args.batch_size // processes)  # each process gets one
     check(micro_batch > 0, "--batch-size", args.batch_size, f"a row for each of {processes} processes")
     say(folder, "- steps:", total_steps, "done:", state["step"], "rows at a time:", micro_batch,
-        "parameters:", sum(x.numel() for x in model.parameters() if x.requires_grad))
-
+        "the student's parameters:", student.num_parameters(only_trainable=True))
     write_log(folder, state)  # this and args.json are for people: state.pt has what they say
     write_json(folder / "args.json", dict(identity=identity, command=sys.argv, args=vars(args)))
 
@@ -765,19 +757,18 @@ def train(args, rows, folder, loaded, distiller=Distiller):
         # means since the last line; with a number that is not finite the run ends, and saves nothing
         epoch_ends = step % steps_per_epoch == 0 or step == total_steps
         saves = epoch_ends or step % args.save_every == 0
-        if saves or step % LOG_EVERY == 0:
-            sums = np.sum(gather(torch.stack([*shares.values()]).tolist()), 0)
-            line = dict(zip(shares, (sums / (step - last)).tolist()), step=step, grad_norm=norm.item())
-            broken = [name for name, value in line.items() if not math.isfinite(value)]
-            check(not broken, f"step {step}", broken, "finite numbers; what was saved last is whole")
-            say(*[f"{name} {value:.3g}" for name, value in line.items()])
-            seconds = time.perf_counter() - since
-            rate = optimizer.param_groups[0]["lr"]  # the student's
-            line |= dict(lr=rate, tokens_per_s=line["tokens"] * (step - last) / seconds)
-            if student.device.type == "cuda":
-                line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            write_log(folder, state, line)
-            shares, last, since = Counter(), step, time.perf_counter()
+        if not saves and step % LOG_EVERY > 0:
+            continue
+        sums = np.sum(gather(torch.stack([*shares.values()]).tolist()), 0)
+        means = (sums / (step - last)).tolist()
+        line = dict(zip(shares, means), step=step, grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"])
+        broken = [name for name, value in line.items() if not math.isfinite(value)]
+        check(not broken, f"step {step}", broken, "finite numbers; what was saved last is whole")
+        line["tokens_per_s"] = line["tokens"] * (step - last) / (time.perf_counter() - since)
+        if student.device.type == "cuda":
+            line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        say(*[f"{name} {value:.3g}" for name, value in line.items()])
+        write_log(folder, state, line)
 
         # keep the student with the best ROUGE-L on the dev rows, the later of equals
         if epoch_ends:
@@ -795,7 +786,7 @@ def train(args, rows, folder, loaded, distiller=Distiller):
             moments = optimizer.state_dict() if step < total_steps else None
             state |= dict(step=step, model=model.state_dict(), optimizer=moments)
             replace(folder / "state.pt", lambda fresh: torch.save(state, fresh))
-            since = time.perf_counter()
+        shares, last, since = Counter(), step, time.perf_counter()
     gather()  # the first process may still be writing
     return folder / "best"
 
@@ -817,8 +808,8 @@ def respond(model, tokenizer, rows, seed, args):
     """A response to each row, and its ROUGE-L. Batches and seeds do not depend on the processes."""
     model.eval()
     prompts, end, found = prompts_of(model, tokenizer, rows, args), tokenizer.eos_token_id, []
-    for batch in batches([len(ids) for ids in prompts], args.eval_batch, "responses", *world()):
-        asked = padded([prompts[row] for row in batch], -1, "left").to(model.device)
+    for batch in batches(prompts, args.eval_batch, "responses", *world()):
+        asked = padded([prompts[row] for row in batch], model.device, -1, "left")
         seed_torch(seed, batch[0])
         with autocast(model.device):  # the rest is in the generation_config, see `decoding`
             whole = model.generate(asked.where(asked >= 0, end), attention_mask=(asked >= 0).long(),
@@ -837,13 +828,12 @@ def evaluate(args, source, model, tokenizer, tests, folder):
     seeds = args.eval_seeds if args.eval_temperature else args.eval_seeds[:1]  # else all are alike
     model.generation_config = decoding(model.generation_config.eos_token_id, tokenizer.eos_token_id,
                                        args.eval_temperature, args.no_repeat_ngram)
-    if world()[0] == 0:
-        (folder / "eval.json").unlink(missing_ok=True)  # it is of predictions that are replaced now
-    means = {name: [] for name in tests}  # of each set, one a seed
+    (folder / "eval.json").unlink(missing_ok=True)  # it is of predictions that are replaced now
+    means = {}  # of each set, one a seed
     for name, rows in tests.items():
         for seed in seeds:
             texts, scores = respond(model, tokenizer, rows, seed, args)
-            means[name].append(float(np.mean(scores)))
+            means.setdefault(name, []).append(np.mean(scores).item())
             predictions = dict(rows=rows, texts=texts, rougeL=scores)
             write_json(folder / f"predictions/{name}-{seed}.json", predictions)
     sets = list(means.values())
@@ -852,10 +842,10 @@ def evaluate(args, source, model, tokenizer, tests, folder):
     means["All"] = np.mean(sets, 0).tolist()
     result = dict(model=str(source), args=vars(args), rougeL=means)
     write_json(folder / "eval.json", result)
-    say(f"{source}, ROUGE-L, mean and standard deviation over sampling seeds:")
+    say(source, "- ROUGE-L, mean and standard deviation over sampling seeds:")
     for name, values in means.items():
-        spread = np.std(values, ddof=min(1, len(values) - 1))
-        say(f"  {name:12s} {np.mean(values):6.2f} ± {spread:.2f}")
+        spread = np.std(values, ddof=len(values) > 1)
+        say("  %-12s %6.2f ± %.2f" % (name, np.mean(values), spread))
     return result
 
 # 10. Command line: the defaults are the paper's setting =====================================================
@@ -926,15 +916,14 @@ def check_settings(args):  # what argparse lets through
     for name, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
             if type(number) in (int, float):  # no text, no switch
-                usable = 0 < number < 1e15 or (number == 0 and name in MAY_BE_ZERO)
+                usable = 0 <= number < 1e15 and (number or name in MAY_BE_ZERO)
                 check(usable, "--" + name.replace("_", "-"), number,
                       "a finite number over 0, or 0 where that has a meaning")
     check(args.skew < 1, "--skew", args.skew, "0 to below 1")
     check(any(args.weights), "--weights", args.weights, "one that is not 0")
     check(len({*args.eval_seeds}) == len(args.eval_seeds), "--eval-seeds", args.eval_seeds, "each once")
-    check(args.name or not args.eval_only, "--eval-only", "no --name", "one, for the evaluation's folder")
-    usable = re.fullmatch(r"\w[^/]*", args.name or "x")
-    check(usable, "--name", args.name, "a folder's name, without a path")
+    usable = re.fullmatch(r"\w[^/]*", args.name or "x") and (args.name or not args.eval_only)
+    check(usable, "--name", args.name, "a folder's name, without a path; --eval-only needs one")
 
 def experiment(args, device, distiller):
     """Fine-tunes the teacher if need be, trains, evaluates the best; returns what eval.json holds."""
@@ -958,24 +947,22 @@ def experiment(args, device, distiller):
     # 2. a checkpoint
     if args.eval_only:
         folder = out / args.name
-        names = "max_new_tokens", "eval_seeds", "eval_temperature", "no_repeat_ngram"
-        identity = {name: getattr(args, name) for name in names}
-        identity |= dict(tests=fingerprint([tests, prompts]), weights=model_fingerprint(loaded[0][0]))
+        identity = dict(
+            tests=fingerprint(tests, prompts), weights=model_fingerprint(loaded[0][0]),
+            max_new_tokens=args.max_new_tokens, no_repeat_ngram=args.no_repeat_ngram,
+            eval_seeds=args.eval_seeds, eval_temperature=args.eval_temperature)
         with lock(folder):
             recall(folder, identity)
             return evaluate(args, args.eval_only, *loaded[0], tests, folder)
 
     # 3. the teacher, one for all runs in --out: it has the defaults of those settings that are the student's
     rows = read_rows(fetch(f"{args.data}/raw.jsonl"), marks=marks)
-    check(len(rows) > args.dev_rows, "--data", f"{len(rows)} rows", "more than --dev-rows")
     if taught and not args.teacher_ready:
-        data = pairs(rows[args.dev_rows:], [loaded[0][1]], args.max_prompt, args.max_length)
-        check_readable(loaded[0][0], [pair.s.ids for pair in data], "--max-length")  # now, not hours later
-        settings = build_parser().parse_args(["--method", "sft"])
-        for name in TEACHERS_TOO:
-            setattr(settings, name, getattr(args, name))
-        settings.epochs, settings.lr = args.teacher_epochs, args.teacher_lr
-        settings.batch_size = min(settings.batch_size, max(1, len(data)))
+        set_up(args, rows, loaded, distiller)  # raises what the student's training would, but now
+        same = {name: getattr(args, name) for name in TEACHERS_TOO}
+        settings = argparse.Namespace(method="sft", epochs=args.teacher_epochs, lr=args.teacher_lr, **same)
+        settings = build_parser().parse_args([], settings)
+        settings.batch_size = min(settings.batch_size, len(rows) - args.dev_rows)
         teacher_rows = [row._replace(prompt=row.teacher_prompt or row.prompt) for row in rows]
         folder = out / f"{Path(args.teacher).resolve().name}-tuned"
         with lock(folder):

@@ -353,15 +353,15 @@ def test_end_marks_are_taken_off_the_ends_of_answers(tmp_path, output, text):
     assert rows_of(tmp_path, row, marks=["<stop>"]) == [Row("P</s>", ["b", text])]
 
 @pytest.mark.parametrize("line, named", [
-    ('{"prompt": "P", "output": "a"', ":"), (b'{"prompt": "P", "output": "\xff"}', ":"), ("[" * 100000, ":"),
-    ("\n{}", ":"), ('{"prompt": "P", "output": "\\ud83d"}', ":"), ("[1]", ":"),
-    ('{"output": "a"}', ", instruction:"), ('{"prompt": 3, "output": "a"}', ", prompt:"),
-    ('{"instruction": "I", "input": false, "output": "a"}', ", input:"),
-    ('{"prompt": "P", "teacher_prompt": 0, "output": "a"}', ", teacher_prompt:"),
-    ('{"prompt": "P", "output": ["a", 0]}', ", output:")], ids=lambda x: x[:50])
+    ('{"prompt": "P", "output": "a"', ""), (b'{"prompt": "P", "output": "\xff"}', ""), ("[" * 100000, ""),
+    ("\n{}", ""), ('{"prompt": "P", "output": "\\ud83d"}', ""), ("[1]", ""),
+    ('{"output": "a"}', "instruction: found"), ('{"prompt": 3, "output": "a"}', "prompt: found"),
+    ('{"instruction": "I", "input": false, "output": "a"}', "input: found"),
+    ('{"prompt": "P", "teacher_prompt": 0, "output": "a"}', "teacher_prompt: found"),
+    ('{"prompt": "P", "output": ["a", 0]}', "output: found")], ids=lambda x: x[:50])
 def test_a_bad_row_is_named(tmp_path, line, named):
     path = write_lines(tmp_path / "rows.jsonl", '{"prompt": "P", "output": "a"}\n', line, "\n")
-    with pytest.raises(InputError, match=f"^{path}, line 2{named} found [^\n]{{,400}}$"):
+    with pytest.raises(InputError, match=f"^{path}, line 2: {named}[^\n]{{,400}}$"):
         read_rows(path)
     assert read_rows(path, limit=1) == [Row("P", ["a"])]  # rows that are not wanted are not judged
     with pytest.raises(InputError, match=path):
@@ -1110,7 +1110,7 @@ def test_two_processes_give_the_same_run_also_when_one_is_killed(small, runs, tm
 
 def test_processes_that_are_started_wrongly_train_nothing(small, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
-    said = "dskd_ga.py: .*(state.pt: found .*FileNotFound|RANK|found \\['other lr'\\]).*\n"
+    said = "dskd_ga.py: .*(state.pt: found .*FileNotFound|RANK|found .*'other lr').*\n"
     mixed = flags(small, tmp_path / "mixed"), flags(small, tmp_path / "mixed", lr=1e-3)
     alone = Child(flags(small, here), RANK="0")
     for child in (*pair(flags(small, here), flags(small, there)), *pair(*mixed), alone):
@@ -1240,7 +1240,7 @@ BAD += [  # settings, and what the line says
     (dict(weights=[0, 0, 0, 0]), "--weights: found "), (dict(eval_seeds=[10, 10]), "--eval-seeds: found "),
     (dict(eval_seeds=-1), "--eval-seeds: found "), (dict(eval_only="/no/such", name="a"), "/no/such"),
     (dict(dev_samplings=-2 ** 70), "--dev-samplings: found "),
-    (dict(eval_only="/no/such"), "--eval-only: found no --name, "), (dict(method="sft", ga=True), "--ga"),
+    (dict(eval_only="/no/such"), "--name: found None, .*--eval-only"), (dict(method="sft", ga=True), "--ga"),
     (dict(tests=[f"a={__file__}", "a=y"]), "--tests: found a=y, "), (dict(tests="a=/no/such"), "/no/such"),
     (dict(tests=f"a={__file__}"), f"{__file__}, line 1: "), (dict(out=__file__), __file__),
     (dict(out="/proc/none"), "/proc/none"), (dict(name="a/b"), "--name: found a/b, "),
