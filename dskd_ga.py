@@ -192,15 +192,15 @@ class SlicedLoss(torch.autograd.Function):  # see `sliced_loss`
         leaves = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
         hidden, heads = leaves[:J], leaves[J:]
         size, totals = max(1, max_logits // max(map(len, heads))), 0
-        for start in range(0, len(hidden[0]) or 1, size):
-            part = slice(start, start + size)
-            with torch.enable_grad():
-                logits = [full_precision(F.linear(h[part], W)) for h, W in zip(hidden, heads)]
-                sums = fn(*logits, *[row[part] for row in rows])
-            if sums[0].requires_grad:
-                sums[0].backward()
-            totals = totals + torch.stack([value.detach().double() for value in sums])
-            del logits, sums  # before the next ones are made
+        with torch.enable_grad():
+            slices = [x.split(size) for x in (*hidden, *rows)]
+            for part in zip(*slices):
+                logits = [full_precision(F.linear(h, W)) for h, W in zip(part, heads)]
+                sums = fn(*logits, *part[J:])
+                if sums[0].requires_grad:
+                    sums[0].backward()
+                totals = totals + torch.stack([value.detach().double() for value in sums])
+                del logits, sums  # before the next ones are made
         ctx.grads = [leaf.grad for leaf in leaves]
         loss, *terms = totals.unbind()
         ctx.mark_non_differentiable(*terms)
@@ -446,8 +446,7 @@ def read_rows(path, limit=None, marks=()):
         if texts:
             rows.append(Row(prompt, texts, teacher_prompt))
         unread |= row.keys()
-    if unread or len(rows) < len(lines):
-        say(path, "- rows without output:", len(lines) - len(rows), "- fields not read:", *sorted(unread))
+    say(path, "- rows:", len(rows), "of", len(lines), "have an output - fields not read:", *sorted(unread))
     check(rows, path, "no row with an output", "at least one")
     return rows
 
@@ -639,7 +638,7 @@ def read_once(teacher, data, folder, device):
     processes share the reading, and a memory-mapped file that holds the states."""
     machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     machines = gather(machine)  # of all processes
-    part, parts = machines[:world()[0]].count(machine), machines.count(machine)
+    share = machines[:world()[0]].count(machine), machines.count(machine)  # which, of how many
     head, examples = teacher.head, [pair.t for pair in data]
     path, lengths = folder / f"states-{machine}.tmp", [example.length for example in examples]
     size = sum(lengths) * head.shape[1]
@@ -655,7 +654,7 @@ def read_once(teacher, data, folder, device):
     states = states.view(-1, head.shape[1]).split(lengths)
     # batches are decided by the rows alone: a restart gets the same numbers
     ids = [example.ids for example in examples]
-    for rows in batches(ids, 16, "the teacher reads the rows", part, parts):
+    for rows in batches(ids, 16, "the teacher reads the rows", *share):
         with autocast(device):
             hidden = response_hidden(teacher.model, collate([examples[row] for row in rows], device))
         check(hidden.isfinite().all(), "the teacher's states", "one that is not finite", "numbers")
@@ -702,7 +701,7 @@ def set_up(args, rows, loaded, distiller):
     data = pairs(kept, tokenizers, args.max_prompt, args.max_length, model.annotate)
     say(len(data), "rows to train on,", len(kept) - len(data), "are too long")
     check(len(data) >= args.batch_size, "rows to train on", len(data),
-          f"a batch of {args.batch_size} after --dev-rows, within --max-prompt and --max-length")
+          "--batch-size of them, after --dev-rows and within --max-prompt and --max-length")
     # 3. identity: a run goes on only with equal rows, tokens, weights and settings
     identity = {name: value for name, value in vars(args).items() if name not in NO_IDENTITY}
     identity["rows"] = fingerprint(rows, data)
@@ -718,16 +717,15 @@ def train(args, rows, folder, loaded, distiller=Distiller):
     model, data, identity = set_up(args, rows, loaded, distiller)
     del loaded[1:]  # so that `read_once` can free the teacher's model
     (student, tokenizer), processes = loaded[0], world()[1]
-    optimizer = optimizer_for(model, args)
+    optimizer, best = optimizer_for(model, args), folder / "best"
     state = recall(folder, identity)
-    if state["step"]:
+    if state["optimizer"]:  # neither at the start nor when all steps are done
         model.load_state_dict(state["model"])
-    if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     steps_per_epoch = len(data) // args.batch_size
     total_steps = max(1, round(args.epochs * steps_per_epoch))
     micro_batch = min(args.micro_batch, args.batch_size // processes)  # each process gets one
-    check(micro_batch > 0, "--batch-size", args.batch_size, f"a row for each of {processes} processes")
+    check(micro_batch > 0, "--batch-size", args.batch_size, "a row for each process")
     say(folder, "- steps:", total_steps, "done:", state["step"], "rows at a time:", micro_batch,
         "the student's parameters:", student.num_parameters(only_trainable=True))
     write_log(folder, state)  # this and args.json are for people: state.pt has what they say
@@ -774,12 +772,12 @@ def train(args, rows, folder, loaded, distiller=Distiller):
         if epoch_ends:
             seeds = range(args.seed, args.seed + args.dev_samplings)
             scores = [respond(student, tokenizer, rows[:args.dev_rows], seed, args)[1] for seed in seeds]
-            score = float(np.mean(scores))
+            score = np.mean(scores).item()
             say("dev ROUGE-L", score)
             write_log(folder, state, dict(step=step, dev_rougeL=score))
-            if score >= state["best_score"] or not (folder / "best").exists():
+            if score >= state["best_score"] or not best.exists():
                 state["best_score"] = score
-                replace(folder / "best", lambda fresh: save_best(model, tokenizer, fresh))
+                replace(best, lambda fresh: save_best(model, tokenizer, fresh))
 
         # save what the next step depends on; after the last one, no optimiser
         if saves:
@@ -788,7 +786,7 @@ def train(args, rows, folder, loaded, distiller=Distiller):
             replace(folder / "state.pt", lambda fresh: torch.save(state, fresh))
         shares, last, since = Counter(), step, time.perf_counter()
     gather()  # the first process may still be writing
-    return folder / "best"
+    return best
 
 # 9. Evaluation: sampling, ROUGE-L ===========================================================================
 def rouge_l(predictions, references):
@@ -831,7 +829,7 @@ def evaluate(args, source, model, tokenizer, tests, folder):
     (folder / "eval.json").unlink(missing_ok=True)  # it is of predictions that are replaced now
     means = {}  # of each set, one a seed
     for name, rows in tests.items():
-        for seed in seeds:
+        for seed in dict.fromkeys(seeds):  # each once
             texts, scores = respond(model, tokenizer, rows, seed, args)
             means.setdefault(name, []).append(np.mean(scores).item())
             predictions = dict(rows=rows, texts=texts, rougeL=scores)
@@ -914,14 +912,13 @@ def build_parser(methods=("cma", "sft")):
 
 def check_settings(args):  # what argparse lets through
     for name, value in vars(args).items():
-        for number in value if isinstance(value, list) else [value]:
+        for number in np.ravel(value).tolist():  # of a list, each
             if type(number) in (int, float):  # no text, no switch
                 usable = 0 <= number < 1e15 and (number or name in MAY_BE_ZERO)
                 check(usable, "--" + name.replace("_", "-"), number,
                       "a finite number over 0, or 0 where that has a meaning")
     check(args.skew < 1, "--skew", args.skew, "0 to below 1")
     check(any(args.weights), "--weights", args.weights, "one that is not 0")
-    check(len({*args.eval_seeds}) == len(args.eval_seeds), "--eval-seeds", args.eval_seeds, "each once")
     usable = re.fullmatch(r"\w[^/]*", args.name or "x") and (args.name or not args.eval_only)
     check(usable, "--name", args.name, "a folder's name, without a path; --eval-only needs one")
 
