@@ -686,8 +686,9 @@ def set_up(args, rows, loaded, distiller):
     """What is trained, its `Pair`s, the run's identity. InputError: rows cannot be read, or are too few."""
     # 1. models
     models, tokenizers = zip(*loaded)
-    student, teacher = models[0], None
-    for whole in models[1:]:
+    student, *teachers = models
+    teacher = None
+    for whole in teachers:
         teacher = argparse.Namespace(
             model=whole, embeddings=whole.get_input_embeddings(), head=head_of(whole).detach())
     seed_torch(args.seed)
@@ -700,8 +701,7 @@ def set_up(args, rows, loaded, distiller):
     kept = rows[args.dev_rows:]
     data = pairs(kept, tokenizers, args.max_prompt, args.max_length, model.annotate)
     say(len(data), "rows to train on,", len(kept) - len(data), "are too long")
-    check(len(data) >= args.batch_size, "rows to train on", len(data),
-          "--batch-size of them, after --dev-rows and within --max-prompt and --max-length")
+    check(len(data) >= args.batch_size, "rows to train on", len(data), "--batch-size, within the limits")
     # 3. identity: a run goes on only with equal rows, tokens, weights and settings
     identity = {name: value for name, value in vars(args).items() if name not in NO_IDENTITY}
     identity["rows"] = fingerprint(rows, data)
@@ -857,8 +857,7 @@ TEACHERS_TOO = """dev_rows max_prompt max_length max_new_tokens micro_batch eval
 def build_parser(methods=("cma", "sft")):
     """The command line as an argparse parser. methods: the choices of --method, the default first."""
     parser = argparse.ArgumentParser(
-        description="Distil a language model into one with another tokenizer; the file's header says more.",
-        epilog="A command that was stopped goes on from its last save when it is given again.",
+        description="See the file's header. A command that was stopped goes on when it is given again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("what to run").add_argument
     add("--method", choices=methods, default=methods[0], help="how to train; sft: without a teacher")
@@ -880,8 +879,7 @@ def build_parser(methods=("cma", "sft")):
     add("--max-length", type=int, default=512, help="tokens of prompt and response; fewer if memory is short")
 
     add = parser.add_argument_group("objective").add_argument
-    add("--weights", type=float, nargs=4, default=4 * [0.5],
-        help="of CE, CE_T2S, KD_T2S, KD_S2T in eq. (9); 0 leaves a term out")
+    add("--weights", type=float, nargs=4, default=4 * [0.5], help="of CE, CE_T2S, KD_T2S, KD_S2T in (9)")
     add("--temperature", type=float, default=2.0, help="tau, on both sides of the divergences")
     add("--skew", type=float, default=0.1, help="a of skl and srkl, below 1; higher if training is unstable")
     add("--kq-weight", type=float, default=1.0, help="factor of L_KQ in eq. (16)")
@@ -915,8 +913,7 @@ def check_settings(args):  # what argparse lets through
         for number in np.ravel(value).tolist():  # of a list, each
             if type(number) in (int, float):  # no text, no switch
                 usable = 0 <= number < 1e15 and (number or name in MAY_BE_ZERO)
-                check(usable, "--" + name.replace("_", "-"), number,
-                      "a finite number over 0, or 0 where that has a meaning")
+                check(usable, "--" + name.replace("_", "-"), number, "over 0, or 0 if that is sensible")
     check(args.skew < 1, "--skew", args.skew, "0 to below 1")
     check(any(args.weights), "--weights", args.weights, "one that is not 0")
     usable = re.fullmatch(r"\w[^/]*", args.name or "x") and (args.name or not args.eval_only)
