@@ -339,7 +339,7 @@ def load_model(source, device, dtype=torch.float32):  # source: a folder or hub 
         end = tokenizer.eos_token_id
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-        model = model.to(device).eval().requires_grad_(False)  # a vision tower, say, gets no gradient
+        model = model.to(device).requires_grad_(False)  # a vision tower, say, gets no gradient
         model.get_decoder().requires_grad_(True)
         head = model.get_output_embeddings().requires_grad_(True)
         own = model.generation_config.eos_token_id
@@ -428,8 +428,8 @@ def read_rows(path, limit=None, marks=()):
     lines = Path(path).read_bytes().rstrip().split(b"\n")[:limit]
     for number, line in enumerate(lines, 1):
         try:
-            row = dict(json.loads(line.decode("utf-8-sig")))
-            row = {field: value for field, value in row.items() if value not in (None, "")}
+            found = json.loads(line).items()
+            row = {field: value for field, value in found if value not in (None, "")}
             take = lambda field, default=None: clean(row.pop(field, default), field)
             output = row.pop("output", [])
             output = output if isinstance(output, list) else [output]  # test sets have lists
@@ -439,7 +439,7 @@ def read_rows(path, limit=None, marks=()):
             else:
                 prompt = alpaca_prompt(take("instruction"), take("input", ""))
             teacher_prompt = take("teacher_prompt", "") or None
-        except (TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, ValueError, RecursionError) as error:  # the first: it is no object
             raise InputError(f"{path}, line {number}: {error}") from error
         texts = [marks_at_end.sub("", text) for text in texts]
         texts = list(filter(str.strip, texts))
@@ -514,8 +514,8 @@ class Distiller(nn.Module):
         self.teacher = teacher  # a Namespace of model, embeddings, head, no module: not trained; or None
         self.proj = self.disc = None
         if teacher is not None and self.projectors is not None:
-            d_s, d_t = head_of(student).shape[1], teacher.head.shape[1]
-            self.proj = self.projectors(d_s, d_t)
+            d_t = teacher.head.shape[1]
+            self.proj = self.projectors(head_of(student).shape[1], d_t)
             self.disc = self.adversary(2 * d_t) if args.ga else None
         check(self.proj or not args.ga, "--ga", args.method, "a method with queries and keys")
 
