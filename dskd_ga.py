@@ -36,11 +36,10 @@ Glossary: B sequences; S and T student and teacher response positions; V_s and V
   p^t, q^{s->t}       z_t, z_s2t     (N, V_t)                  (7)
   D                   Discriminator  2 d_t -> logit            (14)
 """
-import argparse, datetime, fcntl, hashlib, json, math, os, re, shutil, sys, time, unicodedata
+import argparse, datetime, fcntl, hashlib, json, math, os, re, shutil, sys, time, unicodedata, zipfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import ZipFile
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -66,10 +65,8 @@ class Side(NamedTuple):
 
 def full_precision(x):  # half precision to float32; float64, as in tests, stays
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 def at_real(x, side):  # (B, n, ...) -> (N, ...), the real positions
     return x[side.mask]
-
 def zero_padding(x, mask):  # (B, n, d), (B, n) -> (B, n, d), 0 on padding whatever was there, nan included
     return x.masked_fill(~mask.unsqueeze(2), 0)
 
@@ -83,7 +80,6 @@ DIVERGENCES = ("kl", "rkl", "jsd", "skl", "srkl", "akl")  # skl, srkl: DistiLLM;
 
 def kl(log_a, log_b):  # (..., V), (..., V) -> (...): KL(a || b)
     return (log_a.exp() * (log_a - log_b)).sum(-1)
-
 def log_mix(weight, log_a, log_b):  # log(weight a + (1 - weight) b)
     return torch.logaddexp(log_a + math.log(weight + 1e-30), log_b + math.log(1 - weight + 1e-30))
 
@@ -278,7 +274,6 @@ def dual_space_losses(
 # 6. Models: trunk, head and embeddings of any causal language model =========================================
 class InputError(ValueError):
     """Bad settings, rows or models: `main` prints it in one line and ends with status 2."""
-
 def check(ok, where, found, expected):  # where: a flag, a model, or a file, its line and field
     if not ok:
         raise InputError(f"{where}: found {str(found)[:300]}, expected {expected}")
@@ -295,29 +290,24 @@ def gather(x=None):  # what each process has, in a list; every one waits here fo
 def say(*words):  # on rank 0, without breaking a progress bar
     if world()[0] == 0:
         tqdm.write(" ".join(map(str, words)))
-
 def bar(items, name):  # disable=None: no bar where there is no terminal
     return tqdm(items, desc=name, leave=False, disable=world()[0] > 0 or None)
 
 def batches(sequences, size, name, part, parts):
     """Batches of row numbers, `size` at a time, of like length; process `part` of `parts` gets its share."""
     order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
-    for start in bar(range(part * size, len(order), parts * size), name):
+    for start in bar(range(0, len(order), size)[part::parts], name):
         yield order[start:start + size]
 
-def precision(device):  # of matrix products and of the frozen teacher: bf16 on GPUs that have it
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if bf16 else torch.float32
-
+def has_bf16(device):  # then matrix products are in it, and so is the frozen teacher
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 def autocast(device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
 def head_of(model):  # W (V, d)
     return model.get_output_embeddings().weight
-
 def trunk(model, ids):  # (B, L) -> (B, L, d): the last hidden states, after the final norm
     return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-
 def response_hidden(model, side):  # h, (B, n, d), at the response positions
     # Padding is on the right and attention is causal: no real position sees padding, so no mask is needed.
     return trunk(model, side.ids).take_along_dim(side.pos.unsqueeze(2), 1)
@@ -332,9 +322,10 @@ def decoding(ends, pad, temperature=1.0, no_repeat_ngram=0):  # ends: the ids th
                             eos_token_id=ends, pad_token_id=pad, **sampling)
 
 @torch.no_grad()
-def load_model(source, device, dtype=torch.float32):  # source: a folder or hub id
+def load_model(source, device, frozen=False):  # source: a folder or hub id; frozen: not to be trained
     """A causal language model and its tokenizer. InputError says why, if one would fail or be wrong later."""
     try:
+        dtype = torch.bfloat16 if frozen and has_bf16(device) else torch.float32
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         end = tokenizer.eos_token_id
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -390,7 +381,6 @@ class Example(NamedTuple):  # a row as one model reads it, with n response token
     @property
     def length(self):  # n
         return len(self.ids) - self.start
-
 class Pair(NamedTuple):  # a row as student and teacher read it; without a teacher (sft) t is None
     s: Example
     t: Example = None
@@ -555,7 +545,7 @@ NO_IDENTITY = """out name eval_only student teacher teacher_ready teacher_epochs
     recompute save_every tests eval_seeds eval_limit eval_batch eval_temperature no_repeat_ngram""".split()
 
 def seed_torch(*numbers):  # by what is computed next: a restart draws the same numbers
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+    torch.manual_seed(np.random.SeedSequence(numbers).generate_state(1, np.uint64).item())
 
 def replace(path, save):  # save(fresh) writes a file or folder, on rank 0; whole, it takes the path's place
     if world()[0] == 0:
@@ -571,7 +561,6 @@ def replace(path, save):  # save(fresh) writes a file or folder, on rank 0; whol
 
 def write_json(path, content):
     replace(path, lambda fresh: fresh.write_text(json.dumps(content, indent=1)))
-
 def write_log(folder, state, *lines):  # adds the lines to the state's log, and writes it
     state["log"] += lines
     text = "\n".join(map(json.dumps, state["log"]))
@@ -597,7 +586,6 @@ def lock(folder):
 
 def fingerprint(*content):  # digits that are equal if this is
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
-
 def model_fingerprint(model):  # its weights, config and stop tokens, wherever they are from
     config = model.config.to_dict() | dict(_name_or_path=None, transformers_version=None)
     weights = [torch.hash_tensor(x).item() for x in model.state_dict().values()]
@@ -616,7 +604,7 @@ def recall(folder, identity):  # identity: a dict
         state = torch.load(path, "cpu", weights_only=True, mmap=True)
         known = state["identity"]
         other = [f"other {name}" for name in known | identity if known.get(name) != identity.get(name)]
-        wrong = ZipFile(path).testzip() or other
+        wrong = zipfile.ZipFile(path).testzip() or other
     except Exception as error:
         wrong = repr(error)
     wrong = list(filter(None, gather(wrong)))
@@ -866,7 +854,6 @@ def build_parser(methods=("cma", "sft")):
     add("--eval-only", metavar="MODEL", help="evaluate this folder or hub id, train nothing; with --name")
     add("--out", default="runs", help="folder of all runs; those in it share a fine-tuned teacher")
     add("--name", help="a run is in NAME-SEED, by default METHOD[-ga]-DIV-SEED; an evaluation in NAME")
-
     add = parser.add_argument_group("models and data: folders or hub ids").add_argument
     add("--student", default="openai-community/gpt2", help="the model to train")
     add("--teacher", default="Qwen/Qwen1.5-1.8B", help="its states take 3.6 GB of memory or disk a node")
@@ -877,7 +864,6 @@ def build_parser(methods=("cma", "sft")):
     add("--dev-rows", type=int, default=1000, help="first rows of --data, held out to choose the checkpoint")
     add("--max-prompt", type=int, default=256, help="training drops longer prompts, evaluation cuts them")
     add("--max-length", type=int, default=512, help="tokens of prompt and response; fewer if memory is short")
-
     add = parser.add_argument_group("objective").add_argument
     add("--weights", type=float, nargs=4, default=4 * [0.5], help="of CE, CE_T2S, KD_T2S, KD_S2T in (9)")
     add("--temperature", type=float, default=2.0, help="tau, on both sides of the divergences")
@@ -885,7 +871,6 @@ def build_parser(methods=("cma", "sft")):
     add("--kq-weight", type=float, default=1.0, help="factor of L_KQ in eq. (16)")
     add("--all-positions", action="store_true", help="KD^{t->s} everywhere: eq. (8) to the letter")
     add("--s2t-div", choices=DIVERGENCES, default="kl", help="f of KD^{s->t}; in eq. (8) the same as --div")
-
     add = parser.add_argument_group("optimisation: AdamW with a cosine to 1e-7").add_argument
     add("--epochs", type=float, default=20, help="length of training, a fraction allowed")
     add("--batch-size", type=int, default=32, help="rows a step, over all processes")
@@ -896,7 +881,6 @@ def build_parser(methods=("cma", "sft")):
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
     add("--seed", type=int, default=10, help="of initialisation, row order, dropout, dev sampling")
     add("--save-every", type=int, default=500, help="steps between saves, besides one an epoch")
-
     add = parser.add_argument_group("evaluation by sampling").add_argument
     add("--dev-samplings", type=int, default=3, help="of dev rows; their mean chooses `best`; 1 is faster")
     add("--tests", metavar="NAME=FILE", nargs="+", default=TEST_SETS, help="OOD: mean of all but the first")
@@ -931,8 +915,7 @@ def experiment(args, device, distiller):
         tests[name] = fetch(source)
     loaded = [load_model(args.eval_only or args.student, device)]
     if taught:
-        dtype = precision(device) if args.teacher_ready else torch.float32
-        loaded.append(load_model(args.teacher, device, dtype))
+        loaded.append(load_model(args.teacher, device, args.teacher_ready))
     marks = sum([tokenizer.all_special_tokens for _, tokenizer in loaded], [])
     for name, path in tests.items():
         tests[name] = read_rows(path, args.eval_limit, marks)
@@ -961,7 +944,7 @@ def experiment(args, device, distiller):
         folder = out / f"{Path(args.teacher).resolve().name}-tuned"
         with lock(folder):
             args.teacher = str(train(settings, teacher_rows, folder, loaded[1:]))
-        loaded[1] = load_model(args.teacher, device, precision(device))
+        loaded[1] = load_model(args.teacher, device, frozen=True)
 
     # 4. the student
     name = args.name or args.method + "-ga" * args.ga + f"-{args.div}" * (args.method != "sft")
