@@ -947,7 +947,7 @@ def experiment(args, device, distiller):
         loaded[1] = load_model(args.teacher, device, frozen=True)
 
     # 4. the student
-    name = args.name or args.method + "-ga" * args.ga + f"-{args.div}" * (args.method != "sft")
+    name = args.name or args.method + "-ga" * args.ga + f"-{args.div}" * taught
     folder = out / f"{name}-{args.seed}"
     with lock(folder):
         best = train(args, rows, folder, loaded, distiller)
