@@ -37,7 +37,7 @@ Glossary: B sequences; S and T student and teacher response positions; V_s and V
   D                   Discriminator  2 d_t -> logit            (14)
 """
 import argparse, datetime, fcntl, hashlib, json, math, os, re, shutil, sys, time, unicodedata, zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -65,8 +65,10 @@ class Side(NamedTuple):
 
 def full_precision(x):  # half precision to float32; float64, as in tests, stays
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
 def at_real(x, side):  # (B, n, ...) -> (N, ...), the real positions
     return x[side.mask]
+
 def zero_padding(x, mask):  # (B, n, d), (B, n) -> (B, n, d), 0 on padding whatever was there, nan included
     return x.masked_fill(~mask.unsqueeze(2), 0)
 
@@ -80,6 +82,7 @@ DIVERGENCES = ("kl", "rkl", "jsd", "skl", "srkl", "akl")  # skl, srkl: DistiLLM;
 
 def kl(log_a, log_b):  # (..., V), (..., V) -> (...): KL(a || b)
     return (log_a.exp() * (log_a - log_b)).sum(-1)
+
 def log_mix(weight, log_a, log_b):  # log(weight a + (1 - weight) b)
     return torch.logaddexp(log_a + math.log(weight + 1e-30), log_b + math.log(1 - weight + 1e-30))
 
@@ -274,6 +277,7 @@ def dual_space_losses(
 # 6. Models: trunk, head and embeddings of any causal language model =========================================
 class InputError(ValueError):
     """Bad settings, rows or models: `main` prints it in one line and ends with status 2."""
+
 def check(ok, where, found, expected):  # where: a flag, a model, or a file, its line and field
     if not ok:
         raise InputError(f"{where}: found {str(found)[:300]}, expected {expected}")
@@ -290,6 +294,7 @@ def gather(x=None):  # what each process has, in a list; every one waits here fo
 def say(*words):  # on rank 0, without breaking a progress bar
     if world()[0] == 0:
         tqdm.write(" ".join(map(str, words)))
+
 def bar(items, name):  # disable=None: no bar where there is no terminal
     return tqdm(items, desc=name, leave=False, disable=world()[0] > 0 or None)
 
@@ -301,13 +306,16 @@ def batches(sequences, size, name, part, parts):
 
 def has_bf16(device):  # then matrix products are in it, and so is the frozen teacher
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
 def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
 def head_of(model):  # W (V, d)
     return model.get_output_embeddings().weight
+
 def trunk(model, ids):  # (B, L) -> (B, L, d): the last hidden states, after the final norm
     return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
 def response_hidden(model, side):  # h, (B, n, d), at the response positions
     # Padding is on the right and attention is causal: no real position sees padding, so no mask is needed.
     return trunk(model, side.ids).take_along_dim(side.pos.unsqueeze(2), 1)
@@ -328,6 +336,7 @@ def load_model(source, device, frozen=False):  # source: a folder or hub id; fro
         dtype = torch.bfloat16 if frozen and has_bf16(device) else torch.float32
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         end = tokenizer.eos_token_id
+        check(end is not None, "tokenizer", "no end of text", "one")
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         model = model.to(device).requires_grad_(False)  # a vision tower, say, gets no gradient
@@ -351,7 +360,7 @@ def load_model(source, device, frozen=False):  # source: a folder or hub id; fro
             quantised_weights=hasattr(model, "hf_quantizer"), bias_of_head=head.bias is not None,
             cap_of_logits=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
             states_that_later_tokens_change=not causal, padded_logits_other_than_head_times_trunk=not equal)
-        wrong = [name for name, value in wrong.items() if value]
+        wrong = {name: value for name, value in wrong.items() if value}
         check(not wrong, "model", wrong, "none of these")
         return model, tokenizer
     except Exception as error:
@@ -381,6 +390,7 @@ class Example(NamedTuple):  # a row as one model reads it, with n response token
     @property
     def length(self):  # n
         return len(self.ids) - self.start
+
 class Pair(NamedTuple):  # a row as student and teacher read it; without a teacher (sft) t is None
     s: Example
     t: Example = None
@@ -436,7 +446,8 @@ def read_rows(path, limit=None, marks=()):
         if texts:
             rows.append(Row(prompt, texts, teacher_prompt))
         unread |= row.keys()
-    say(path, "- rows:", len(rows), "of", len(lines), "have an output - fields not read:", *sorted(unread))
+    if unread or len(rows) < len(lines):
+        say(path, "- rows without output:", len(lines) - len(rows), "- fields not read:", *sorted(unread))
     check(rows, path, "no row with an output", "at least one")
     return rows
 
@@ -561,6 +572,7 @@ def replace(path, save):  # save(fresh) writes a file or folder, on rank 0; whol
 
 def write_json(path, content):
     replace(path, lambda fresh: fresh.write_text(json.dumps(content, indent=1)))
+
 def write_log(folder, state, *lines):  # adds the lines to the state's log, and writes it
     state["log"] += lines
     text = "\n".join(map(json.dumps, state["log"]))
@@ -584,12 +596,15 @@ def lock(folder):
         fcntl.flock(file, fcntl.LOCK_EX)
     return file
 
-def fingerprint(*content):  # digits that are equal if this is
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+def fingerprint(content, tensors=()):  # digits that are equal if all of these are
+    digest = hashlib.sha256(json.dumps(content, default=str).encode())
+    for tensor in tensors:
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
 def model_fingerprint(model):  # its weights, config and stop tokens, wherever they are from
     config = model.config.to_dict() | dict(_name_or_path=None, transformers_version=None)
-    weights = [torch.hash_tensor(x).item() for x in model.state_dict().values()]
-    return fingerprint(config, model.generation_config.eos_token_id, weights)
+    return fingerprint([config, model.generation_config.eos_token_id], model.state_dict().values())
 
 def recall(folder, identity):  # identity: a dict
     """The folder's state.pt, which alone says what the folder is and where its run is; a new folder gets
@@ -612,13 +627,13 @@ def recall(folder, identity):  # identity: a dict
     return state
 
 def optimizer_for(model, args):  # AdamW; biases and norms are not decayed
-    groups = []
+    groups = defaultdict(list)
     for name, parameter in model.named_parameters():  # a tied weight comes once
         if parameter.requires_grad:
             peak = args.lr if name.startswith("student.") else args.lr_projectors
-            decay = 1e-2 if parameter.ndim > 1 else 0.0
-            groups.append(dict(params=[parameter], peak=peak, weight_decay=decay))
-    return torch.optim.AdamW(groups, fused=True)
+            groups[peak, 1e-2 if parameter.ndim > 1 else 0.0].append(parameter)
+    settings = [dict(params=x, peak=peak, weight_decay=decay) for (peak, decay), x in groups.items()]
+    return torch.optim.AdamW(settings, fused=True)
 
 @torch.no_grad()
 def read_once(teacher, data, folder, device):
@@ -637,6 +652,8 @@ def read_once(teacher, data, folder, device):
             os.posix_fallocate(file.fileno(), 0, n_bytes)
         states = torch.from_file(str(path), shared=True, size=size, dtype=head.dtype)
         gather()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
     finally:
         path.unlink(missing_ok=True)  # all have it open: nothing is left of it, however the run ends
     states = states.view(-1, head.shape[1]).split(lengths)
@@ -692,7 +709,7 @@ def set_up(args, rows, loaded, distiller):
     check(len(data) >= args.batch_size, "rows to train on", len(data), "--batch-size, within the limits")
     # 3. identity: a run goes on only with equal rows, tokens, weights and settings
     identity = {name: value for name, value in vars(args).items() if name not in NO_IDENTITY}
-    identity["rows"] = fingerprint(rows, data)
+    identity["rows"] = fingerprint([rows, data])
     for name, reader, examples in zip(("student weights", "teacher weights"), models, zip(*data)):
         check_readable(reader, [example.ids for example in examples], "--max-length")
         identity[name] = model_fingerprint(reader)
@@ -925,7 +942,7 @@ def experiment(args, device, distiller):
     if args.eval_only:
         folder = out / args.name
         identity = dict(
-            tests=fingerprint(tests, prompts), weights=model_fingerprint(loaded[0][0]),
+            tests=fingerprint([tests, prompts]), weights=model_fingerprint(loaded[0][0]),
             max_new_tokens=args.max_new_tokens, no_repeat_ngram=args.no_repeat_ngram,
             eval_seeds=args.eval_seeds, eval_temperature=args.eval_temperature)
         with lock(folder):

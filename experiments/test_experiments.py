@@ -290,7 +290,7 @@ def test_a_step_moves_every_parameter(data, tmp_path, monkeypatch, method, name,
             starts.append((self, copy.deepcopy(self.state_dict())))
 
     monkeypatch.setitem(classes, method, Watched)
-    monkeypatch.setattr(dskd_ga, "precision", lambda device: torch.bfloat16)  # as on a GPU
+    monkeypatch.setattr(dskd_ga, "has_bf16", lambda device: True)  # as on a GPU
     module.main([flag, method, *flags(data, tmp_path, teacher)])
     (model, before), = starts
     for key, parameter in model.named_parameters():
