@@ -2,7 +2,7 @@
 """DSKD-CMA-GA: distil a large language model into a small one that has another tokenizer.
 
 Reference implementation of "Dual-Space Knowledge Distillation with Key-Query Matching for Large Language
-Models with Vocabulary Mismatch" (Tsiapali, Do, Knill; ICASSP 2026; arXiv:2603.22056 v1), in one file.
+Models with Vocabulary Mismatch" (Tsiapali, Do, Knill; ICASSP 2026; arXiv:2603.22056 v1), for Linux.
 
     python dskd_ga.py --div skl --ga                         # the paper's best row, on one GPU
     torchrun --nproc_per_node=4 dskd_ga.py --div skl --ga    # the same run on four GPUs
@@ -17,10 +17,12 @@ Departures from the paper, each marked NOT IN PAPER where it happens
   2. KD^{s->t} is forward KL whatever --div is, as in the authors' code; --s2t-div changes it.
   3. Eq. (8) prints f(p^s || q^{t->s}). As in the authors' code, what is learnt from is f's first argument.
   4. N_std is over each sequence's own real positions: a loss depends on neither padding nor batch.
-  5. D is trained, as eq. (14) says; L_KQ has means over real positions. The authors' D stays at random.
+  5. D is trained, as eq. (14) says, at the projectors' rate; L_KQ has means over real positions. The
+     authors' D stays at random.
   6. A step's rows are sorted by length into micro-batches; an epoch's last, incomplete step is left out.
   7. Prompts get the special tokens that their tokenizer puts in front. Evaluation keeps the end of long ones.
   8. Texts are brought to Unicode's composed form (NFC), so that both tokenizers read the same characters.
+     End-of-text marks that are spelt out at the end of an answer are taken off.
 
 Glossary: B sequences; S and T student and teacher response positions; V_s and V_t vocabularies
   paper               code           shape                     equation
@@ -60,7 +62,7 @@ class Side(NamedTuple):
     mask: Tensor           # (B, n) bool, True on real positions
     ids: Tensor = None     # (B, L) what the trunk reads
     pos: Tensor = None     # (B, n) where in ids the response positions are
-    hidden: Tensor = None  # (B, n, d) last hidden states there, of a model that has read its rows before
+    hidden: Tensor = None  # (B, n, d) last hidden states there, of the teacher, see `read_once`
     chunk: Tensor = None   # (B, n) the numbers of a method's `annotate`; negative for none
 
 def full_precision(x):  # half precision to float32; float64, as in tests, stays
@@ -167,7 +169,7 @@ def reverse(x):  # x itself, but the gradient that goes back through it has the 
 
 def ga_loss(disc, q, k, s_mask, t_mask,  # D; (B, S, w), (B, T, w); (B, S), (B, T): True on real positions
             n_s=None, n_t=None):         # divisors of the sums over these; None: their counts
-    """-(14), L_KQ as a cross-entropy, D(q) -> 1 and D(k) -> 0; and what to log, detached. One backward pass
+    """L_KQ, D's cross-entropy: minus the value of eq. (14); and what to log, detached. One backward pass
     serves both players: D descends this loss; P_Q, behind `reverse`, ascends it. Keys are constants."""
     n_s = s_mask.sum() if n_s is None else n_s
     n_t = t_mask.sum() if n_t is None else n_t
@@ -190,11 +192,12 @@ class SlicedLoss(torch.autograd.Function):  # see `sliced_loss`
         # copies, at which a slice's backward pass ends
         leaves = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
         hidden, heads = leaves[:J], leaves[J:]
-        size, totals = max(1, max_logits // max(map(len, heads))), 0
+        size = max(1, max_logits // max(map(len, heads)))
+        totals = 0
         with torch.enable_grad():
             slices = [x.split(size) for x in (*hidden, *rows)]
             for part in zip(*slices):
-                logits = [full_precision(F.linear(h, W)) for h, W in zip(part, heads)]
+                logits = [full_precision(F.linear(h, W)) for h, W in zip(part[:J], heads)]
                 sums = fn(*logits, *part[J:])
                 if sums[0].requires_grad:
                     sums[0].backward()
@@ -263,10 +266,10 @@ def dual_space_losses(
         kd_s2t = (divergence(s2t_div, z_t, z_s2t, temperature, skew) * aligned).sum()         # (8)
         return w_kd_s2t * kd_s2t, kd_s2t                                                      # (9)
 
-    # W^s learns through p^s alone, from CE and KD^{t->s}; the teacher is constant                # (7)
+    # the heads of eq. (7): W^s learns through p^s alone, from CE and KD^{t->s}; the others are constant
     W_t = W_t.detach()
     loss_s, ce, ce_t2s, kd_t2s, n_correct = sliced_loss(
-        student_space, [(at_real(h_s, s), W_s), (at_real(h_t2s, s), W_s.detach())],
+        student_space, [(at_real(h_s, s), W_s), (at_real(h_t2s, s), W_s.detach())],           # (7)
         [at_real(s.targets, s), at_real(a_t2s.any(2), s)])
     loss_t, kd_s2t = sliced_loss(
         teacher_space, [(at_real(h_t, t), W_t), (at_real(h_s2t, t), W_t)], [at_real(a_s2t.any(2), t)])
@@ -343,7 +346,7 @@ def load_model(source, device, frozen=False):  # source: a folder or hub id; fro
         model.get_decoder().requires_grad_(True)
         head = model.get_output_embeddings().requires_grad_(True)
         own = model.generation_config.eos_token_id
-        # a single one may be a config's default, any token: it counts if it is a special one
+        # a single id may be a config's default, any token: it counts only if it is a special one
         ends = own if isinstance(own, list) else {own} & tokenizer.added_tokens_decoder.keys()
         # a trial of what all else relies on: equal up to 5 %, and no nan
         ids = torch.tensor([[end, 1, 2] + 9 * [end]], device=device)
@@ -395,7 +398,7 @@ class Pair(NamedTuple):  # a row as student and teacher read it; without a teach
     s: Example
     t: Example = None
 
-# besides the models' own special tokens, so that rows are the same whichever models are loaded
+# taken off besides the special tokens of the models at hand, so that other models rarely mean other rows
 END_MARKS = "<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"
 
 def fetch(source):  # a local path, or ORG/DATASET/FILE of the hub, which is downloaded once
@@ -459,7 +462,7 @@ def prompt_ids(tokenizer, prompt, limit=sys.maxsize):  # one over the limit keep
     if body[:len(lead)] == lead:
         body = body[len(lead):]
     body = body[max(0, len(lead) + len(body) - limit):]
-    return lead + body or [tokenizer.eos_token_id]  # there must be a position to predict from
+    return (lead + body) or [tokenizer.eos_token_id]  # there must be a position to predict from
 
 def pairs(rows, tokenizers, max_prompt=256, max_length=512,  # the student's tokenizer and maybe the teacher's
           annotate=None):  # (row, s, t, tokenizers) -> a list for s and one for t: a number a response token
@@ -535,7 +538,7 @@ class Distiller(nn.Module):
         """A micro-batch's share of eq. (16) and of the log's means. n_s, n_t: response tokens of the step."""
         h_s = response_hidden(self.student, s)
         if t is None:  # sft: the loss is its only term
-            ce = lambda z, target: 2 * [F.cross_entropy(z, target, reduction="sum")]
+            ce = lambda z, target: 2 * [F.cross_entropy(z, target, reduction="sum")]  # loss and term
             loss, ce = sliced_loss(ce, [(at_real(h_s, s), head_of(self.student))], [at_real(s.targets, s)])
             out = dict(loss=loss, ce=ce)
         else:
@@ -550,8 +553,8 @@ class Distiller(nn.Module):
         return loss, terms
 
 LOG_EVERY = 10  # steps whose means are one line of the log
-# settings that a run may go on without: rows and models count by their contents, not by their names, and the
-# others change rounding, dropout masks and the draw of samples at most
+# settings that may differ when a run goes on: names of rows and models, whose contents count; those of the
+# evaluation, which is done anew; and what changes rounding, dropout masks and the draw of samples at most
 NO_IDENTITY = """out name eval_only student teacher teacher_ready teacher_epochs teacher_lr data micro_batch
     recompute save_every tests eval_seeds eval_limit eval_batch eval_temperature no_repeat_ngram""".split()
 
@@ -585,7 +588,7 @@ def save_best(model, tokenizer, folder):  # for transformers' `from_pretrained`;
         torch.save(model.proj.state_dict(), folder / "projectors.pt")
 
 def lock(folder):
-    """Makes the folder. Another command waits here until what this returns is closed."""
+    """Makes the folder, and locks it until the returned file is closed. Another command waits here."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "w")
     try:
@@ -606,7 +609,7 @@ def model_fingerprint(model):  # its weights, config and stop tokens, wherever t
     config = model.config.to_dict() | dict(_name_or_path=None, transformers_version=None)
     return fingerprint([config, model.generation_config.eos_token_id], model.state_dict().values())
 
-def recall(folder, identity):  # identity: a dict
+def open_state(folder, identity):  # identity: a dict
     """The folder's state.pt, which alone says what the folder is and where its run is; a new folder gets
     one. InputError, in every process: one of them cannot read it, or it is of another identity."""
     path = folder / "state.pt"
@@ -615,7 +618,7 @@ def recall(folder, identity):  # identity: a dict
         new = dict(identity=identity, step=0, best_score=-1.0, log=[], model=None, optimizer=None)
         replace(path, lambda fresh: torch.save(new, fresh))
     gather()
-    try:  # mmap: the processes of a node share the file's pages; but then torch does not read the checksums
+    try:  # mmap: the processes of a node share the file's pages; testzip reads the checksums
         state = torch.load(path, "cpu", weights_only=True, mmap=True)
         known = state["identity"]
         other = [f"other {name}" for name in known | identity if known.get(name) != identity.get(name)]
@@ -623,7 +626,7 @@ def recall(folder, identity):  # identity: a dict
     except Exception as error:
         wrong = repr(error)
     wrong = list(filter(None, gather(wrong)))
-    check(not wrong, path, wrong, "this run's, whole, seen by all; remove it, or give another --name")
+    check(not wrong, path, wrong, "this run's, whole, seen by all: remove it, or give other --out, --name")
     return state
 
 def optimizer_for(model, args):  # AdamW; biases and norms are not decayed
@@ -672,18 +675,18 @@ def read_once(teacher, data, folder, device):
 def gradient(model, micro_batches, step, args, device):  # lists of `Pair`s, of all processes
     """Leaves a step's gradient in the parameters; returns this process's share of the log's means."""
     rank, processes = world()
-    rows = sum(micro_batches, [])  # all: the cut into micro-batches and processes changes at most dropout
+    rows = sum(micro_batches, [])  # of all processes: how they are cut changes dropout and rounding alone
     n_s = sum(pair.s.length for pair in rows)
     n_t = sum(pair.t.length for pair in rows if pair.t)
     shares = Counter()
     for m in range(rank, len(micro_batches), processes):
         s, t = [collate(side, device) if side[0] else None for side in zip(*micro_batches[m])]
         seed_torch(args.seed, step, m)
-        # DistributedDataParallel exchanges gradients once a step, in its last micro-batch's backward pass
+        # DistributedDataParallel exchanges gradients once a step, in a process's last backward pass
         model.require_backward_grad_sync = m + processes >= len(micro_batches)
         with autocast(device):
             loss, terms = model(s, t, n_s, n_t)
-        (loss * processes).backward()  # it takes the mean over processes
+        (loss * processes).backward()  # the exchange takes the mean over processes
         shares.update(terms, loss=loss.detach(), tokens=s.mask.sum())  # Counter.update adds
     return shares
 
@@ -691,11 +694,10 @@ def set_up(args, rows, loaded, distiller):
     """What is trained, its `Pair`s, the run's identity. InputError: rows cannot be read, or are too few."""
     # 1. models
     models, tokenizers = zip(*loaded)
-    student, *teachers = models
-    teacher = None
-    for whole in teachers:
-        teacher = argparse.Namespace(
-            model=whole, embeddings=whole.get_input_embeddings(), head=head_of(whole).detach())
+    student, teacher = models[0], None
+    if len(models) > 1:
+        E_t, W_t = models[1].get_input_embeddings(), head_of(models[1]).detach()
+        teacher = argparse.Namespace(model=models[1], embeddings=E_t, head=W_t)
     seed_torch(args.seed)
     model = distiller(student, teacher, args).to(student.device)
     if args.recompute:
@@ -723,7 +725,7 @@ def train(args, rows, folder, loaded, distiller=Distiller):
     del loaded[1:]  # so that `read_once` can free the teacher's model
     (student, tokenizer), processes = loaded[0], world()[1]
     optimizer, best = optimizer_for(model, args), folder / "best"
-    state = recall(folder, identity)
+    state = open_state(folder, identity)
     if state["optimizer"]:  # neither at the start nor when all steps are done
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -847,7 +849,7 @@ def evaluate(args, source, model, tokenizer, tests, folder):
     write_json(folder / "eval.json", result)
     say(source, "- ROUGE-L, mean and standard deviation over sampling seeds:")
     for name, values in means.items():
-        spread = np.std(values, ddof=len(values) > 1)
+        spread = np.std(values, ddof=int(len(values) > 1))
         say("  %-12s %6.2f ± %.2f" % (name, np.mean(values), spread))
     return result
 
@@ -862,7 +864,7 @@ TEACHERS_TOO = """dev_rows max_prompt max_length max_new_tokens micro_batch eval
 def build_parser(methods=("cma", "sft")):
     """The command line as an argparse parser. methods: the choices of --method, the default first."""
     parser = argparse.ArgumentParser(
-        description="See the file's header. A command that was stopped goes on when it is given again.",
+        description="See the file's header. Training that was stopped goes on by the same command.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("what to run").add_argument
     add("--method", choices=methods, default=methods[0], help="how to train; sft: without a teacher")
@@ -886,7 +888,7 @@ def build_parser(methods=("cma", "sft")):
     add("--temperature", type=float, default=2.0, help="tau, on both sides of the divergences")
     add("--skew", type=float, default=0.1, help="a of skl and srkl, below 1; higher if training is unstable")
     add("--kq-weight", type=float, default=1.0, help="factor of L_KQ in eq. (16)")
-    add("--all-positions", action="store_true", help="KD^{t->s} everywhere: eq. (8) to the letter")
+    add("--all-positions", action="store_true", help="KD^{t->s} at every position, as in eq. (8)")
     add("--s2t-div", choices=DIVERGENCES, default="kl", help="f of KD^{s->t}; in eq. (8) the same as --div")
     add = parser.add_argument_group("optimisation: AdamW with a cosine to 1e-7").add_argument
     add("--epochs", type=float, default=20, help="length of training, a fraction allowed")
@@ -930,6 +932,8 @@ def experiment(args, device, distiller):
         usable = source and "/" not in name and name not in ("", "OOD", "All", *tests)
         check(usable, "--tests", item, "NAME=FILE; names differ, have no / and are not OOD or All")
         tests[name] = fetch(source)
+    if not args.eval_only:
+        source = fetch(f"{args.data}/raw.jsonl")
     loaded = [load_model(args.eval_only or args.student, device)]
     if taught:
         loaded.append(load_model(args.teacher, device, args.teacher_ready))
@@ -946,26 +950,27 @@ def experiment(args, device, distiller):
             max_new_tokens=args.max_new_tokens, no_repeat_ngram=args.no_repeat_ngram,
             eval_seeds=args.eval_seeds, eval_temperature=args.eval_temperature)
         with lock(folder):
-            recall(folder, identity)
+            open_state(folder, identity)
             return evaluate(args, args.eval_only, *loaded[0], tests, folder)
 
     # 3. the teacher, one for all runs in --out: it has the defaults of those settings that are the student's
-    rows = read_rows(fetch(f"{args.data}/raw.jsonl"), marks=marks)
+    rows = read_rows(source, marks=marks)
     if taught and not args.teacher_ready:
         set_up(args, rows, loaded, distiller)  # raises what the student's training would, but now
         same = {name: getattr(args, name) for name in TEACHERS_TOO}
         settings = argparse.Namespace(method="sft", epochs=args.teacher_epochs, lr=args.teacher_lr, **same)
         settings = build_parser().parse_args([], settings)
-        settings.batch_size = min(settings.batch_size, len(rows) - args.dev_rows)
         teacher_rows = [row._replace(prompt=row.teacher_prompt or row.prompt) for row in rows]
+        kept = pairs(teacher_rows[args.dev_rows:], [loaded[1][1]], args.max_prompt, args.max_length)
+        settings.batch_size = min(settings.batch_size, max(1, len(kept)))
         folder = out / f"{Path(args.teacher).resolve().name}-tuned"
         with lock(folder):
             args.teacher = str(train(settings, teacher_rows, folder, loaded[1:]))
         loaded[1] = load_model(args.teacher, device, frozen=True)
 
     # 4. the student
-    name = args.name or args.method + "-ga" * args.ga + f"-{args.div}" * taught
-    folder = out / f"{name}-{args.seed}"
+    name = args.method + "-ga" * args.ga + f"-{args.div}" * taught
+    folder = out / f"{args.name or name}-{args.seed}"
     with lock(folder):
         best = train(args, rows, folder, loaded, distiller)
         return evaluate(args, best, *load_model(best, device), tests, folder)

@@ -127,7 +127,6 @@ case $job in
                     echo "new cma-early${steps%:*}-skl-$seed experiments/matching.py --match early" \
                         "--until ${steps#*:} --name cma-early${steps%:*}-skl"
                 done
-                echo "new cma-start-skl-$seed experiments/matching.py --match start"
                 for rows in few many; do
                     echo "$rows kd-skl-$seed experiments/baselines.py --method kd --teacher runs/$rows/teacher-same-10/best"
                     echo "$rows uld-$seed experiments/baselines.py --method uld"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 import chunks  # which finds dskd_ga.py
 import dskd_ga
-from dskd_ga import collate, embed, full_precision, reverse, std_normalise, zero_padding
+from dskd_ga import full_precision, reverse, zero_padding
 
 class UnitNetwork(nn.Sequential):  # (..., width) -> (..., hidden), vectors of norm 1
     def forward(self, x):
@@ -60,50 +60,16 @@ class Early(chunks.Chunks):
         reached = self.args.match == "early" and self.progress < self.args.until
         return super().match(q if reached else q.detach(), k, s, t, n_s, n_t)
 
-class Start(chunks.Chunks):
-    """CMA whose P_Q is set once: queries start with the keys' mean in each feature and, by one factor, with
-    their variance, summed over features. Both depend on tokens alone. `annotate`, which every process calls
-    for each row before training, measures them on 100 batches' rows, which count alike; step 1, where alone
-    progress is 0, sets P_Q. A run that goes on has it from state.pt."""
-    def __init__(self, *given):
-        super().__init__(*given)
-        self.moments = []  # of each row (4, 2 d_t): means of q, q^2, k, k^2
-
-    @torch.no_grad()
-    def annotate(self, row, s, t, tokenizers):
-        numbers = super().annotate(row, s, t, tokenizers)
-        if len(self.moments) < 100 * self.args.batch_size:
-            E_s, E_t = self.student.get_input_embeddings(), self.teacher.embeddings
-            s, t = [collate([example], self.teacher.head.device) for example in (s, t)]
-            q = self.proj.query(torch.cat(embed(E_s, s), -1))                                 # (1)
-            k = std_normalise(torch.cat(embed(E_t, t), -1), t.mask)                           # (2)
-            self.moments.append(torch.cat([x.mean(1) for x in (q, q.square(), k, k.square())]))
-        return numbers
-
-    def distil(self, s, t, h_s, h_t):
-        if self.moments and self.progress == 0:
-            mean_q, square_q, mean_k, square_k = torch.stack(self.moments).double().mean(0)
-            variance_q, variance_k = square_q - mean_q.square(), square_k - mean_k.square()
-            factor = (variance_k.sum() / variance_q.sum()).sqrt()
-            query = self.proj.query
-            with torch.no_grad():
-                query.bias.copy_((query.bias - mean_q) * factor + mean_k)
-                query.weight.mul_(factor)
-        self.moments = []
-        return super().distil(s, t, h_s, h_t)
-
-MATCHES = dict(none=chunks.Chunks, ga=chunks.Chunks, ct=ConditionalTransport, placebo=Early, early=Early,
-               start=Start)
+MATCHES = dict(none=chunks.Chunks, ga=chunks.Chunks, ct=ConditionalTransport, placebo=Early, early=Early)
 
 def main(argv=None):  # returns what eval.json holds
     parser = chunks.build_parser(("cma",))
     parser.add_argument("--match", choices=tuple(MATCHES), default="ct", help="what L_KQ is")
     parser.add_argument("--until", metavar="SHARE", type=float, default=0.2, help="of training, for early")
     args = parser.parse_args(argv)
-    adversarial = args.match not in ("none", "start")
-    if args.ga and not adversarial:
+    if args.ga and args.match == "none":
         parser.error("--ga: give --match ga")
-    parser.set_defaults(ga=adversarial)
+    parser.set_defaults(ga=args.match != "none")
     if not args.eval_only:
         match = f"-{args.match}" * (args.match != "none")
         parser.set_defaults(name="cma" + match + "-nq" * args.normalise_queries + f"-{args.div}")
