@@ -488,13 +488,6 @@ def test_models_that_would_fail_or_be_wrong_are_refused(kind, tmp_path, monkeypa
     with pytest.raises(InputError, match=rf"^{source}\b.*({reason})"):
         load_model(source, CPU)
 
-def test_memory_that_is_too_small_is_no_fault_of_the_model(monkeypatch, tmp_path):
-    too_small = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried"))
-    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", too_small)
-    with pytest.raises((InputError, torch.OutOfMemoryError), match="CUDA out of memory. Tried") as caught:
-        load_model(write_model(tmp_path, FAMILIES["gpt2"]()), CPU)
-    assert "causal language model" not in str(caught.value)
-
 # settings of generation that may stand in a model's folder; transformers would follow them
 ODD = dict(
     repetition_penalty=3.0, min_new_tokens=16, suppress_tokens=[*range(9, 200)], forced_eos_token_id=7,
@@ -660,7 +653,7 @@ def shape(path):
     return len(lines), density, max(map(len, lines)), longest, nested
 
 @pytest.mark.parametrize("paths, most, densest", [
-    ([HERE / "dskd_ga.py"], 1006, 6.8), (TESTS, 1905, 8.5), (OTHERS, 920, 7.2)])
+    ([HERE / "dskd_ga.py"], 1006, 6.8), (TESTS, 1890, 8.5), (OTHERS, 920, 7.2)])
 def test_files_are_short_and_plain(paths, most, densest):
     total = 0
     for path in paths:

@@ -125,7 +125,10 @@ def main(argv=None):
     parser.add_argument("--rows", choices=("many", "few", "new"), default="many", help="see above")
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
-    write_demo(args.folder, args.rows)
+    try:
+        write_demo(args.folder, args.rows)
+    except OSError as error:
+        parser.exit(2, f"demo.py: {error}\n")
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,5 @@
 """Tests of experiments/: oracles that loop or are dense, hand-made cases, properties, short runs."""
-import copy, itertools, json, math, pathlib, sys, unicodedata
+import copy, itertools, json, math, pathlib, re, sys, unicodedata
 from types import SimpleNamespace
 
 import hypothesis
@@ -165,30 +165,6 @@ def batch():
     rows, h_s = states(S_LENGTHS, 4, 2)
     _, h_t = states(T_LENGTHS, 3, 1)
     return rows, (s, t, h_s, h_t)
-
-def test_optimal_transport():
-    model = distiller(baselines.OptimalTransport, 5, 7)
-    rows, given = batch()
-    out, plain = model.distil(*given), dskd_ga.Distiller.distil(model, *given)
-    loss = plain["loss"]
-    for h, h_t2s in zip(rows, plain["h_t2s"]):
-        h_t2s = h_t2s[:len(h)]
-        cost = 1 - F.cosine_similarity(h.unsqueeze(1), h_t2s, dim=2)
-        kernel = (-10 * cost.detach()).exp()
-        u = v = torch.ones(len(h), dtype=torch.float64)
-        for _ in range(20):  # Sinkhorn's own form
-            u = 1 / (kernel @ v)
-            v = 1 / (kernel.T @ u)
-        plan = u.unsqueeze(1) * kernel * v
-        loss = loss + 0.5 * (plan * cost).sum()
-    agree(out["loss"], loss, [*rows, *model.parameters()])
-    same(0.5 * out["ot"], (loss - plain["loss"]).detach())
-
-class Pieces(list):
-    """A tokenizer as far as `annotate` sees it."""
-
-    def convert_ids_to_tokens(self, ids):
-        return [self[i] for i in ids]
 
 def test_mined_matches_what_the_map_sends_to_the_very_token():
     student = Pieces([":", "▁there", "12345", "▁abcd", "efgh", "-----", "▁x", None, "end"])
@@ -554,6 +530,15 @@ def test_kept_runs_have_the_table_of_the_finished_ones(data, tmp_path, capsys):
     lines = printed(capsys, *[data / name for name in RUNS], "--baseline", "clp-skl", "--keep", kept)
     assert lines[2].startswith("clp-skl | 1 | ") and " rows" in lines[3]
     assert printed(capsys, kept, "--baseline", "clp-skl") == lines
+
+def test_the_page_has_the_tables_that_its_commands_print(capsys, monkeypatch):
+    folder = pathlib.Path(report.__file__).parent
+    found = re.findall(r"`\.\./report\.py (.+?)`.*\n\n((?:\|.*\n)+)", (folder / "README.md").read_text())
+    monkeypatch.chdir(folder / "results")
+    for command, table in found:
+        report.main(command.split())
+        assert capsys.readouterr().out.startswith(table), command
+    assert len(found) > 8
 
 def test_pictures(tmp_path):
     found = runs("cma-skl 1:1 2:2 3:3", "cma-kl 1:-1 2:-1", "teacher 1:50", "sft 1:0 2:3 3:3",
