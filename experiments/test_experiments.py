@@ -166,6 +166,12 @@ def batch():
     _, h_t = states(T_LENGTHS, 3, 1)
     return rows, (s, t, h_s, h_t)
 
+class Pieces(list):
+    """A tokenizer as far as `annotate` sees it."""
+
+    def convert_ids_to_tokens(self, ids):
+        return [self[i] for i in ids]
+
 def test_mined_matches_what_the_map_sends_to_the_very_token():
     student = Pieces([":", "▁there", "12345", "▁abcd", "efgh", "-----", "▁x", None, "end"])
     teacher = Pieces([".", "Ġthere", "123", "45", "Ġabcdefgh", "-----", "y", "them", "last"])
