@@ -488,9 +488,9 @@ def test_a_summary_has_a_line_a_setting_and_what_the_paper_reports(tmp_path, cap
     assert lines[0].startswith("All, f is skl | CMA-GA less CMA | CMA-GA less CMA, greedy | CMA-GA less SFT")
     assert lines[2:5] == [  # 1, 0.9, 1.1 ahead, greedily 1 and 3; 6, 8, 7 and 7, 8.9, 8.1 behind
         "new | +1.00 [+0.75, +1.25] 3/3 ahead | +2.00 [-10.71, +14.71] 2/2 level | "
-        "-7.00 [-9.48, -4.52] 0/3 behind | -8.00 [-10.37, -5.63] 0/3 behind | 2.0",
-        "demo | +1.50 [-4.85, +7.85] rows |  |  |  | ",  # one training run has no verdict
-        "the paper | OOD +0.37, where f of CMA is srkl; All 16.40 to 18.32, where f is kl |  |  |  | "
+        "-7.00 [-9.48, -4.52] 0/3 behind |  | -8.00 [-10.37, -5.63] 0/3 behind |  | 2.0",
+        "demo | +1.50 [-4.85, +7.85] rows |  |  |  |  |  | ",  # one training run has no verdict
+        "the paper | OOD +0.37, where f of CMA is srkl; All 16.40 to 18.32, where f is kl |  |  |  |  |  | "
         "not given"]
 
 def write_run(folder, *scores):
@@ -516,9 +516,9 @@ def test_tasks_and_curves_are_kept(tmp_path, capsys):
         folders.append(write_run(tmp_path / f"cma-ga-skl-{seed}", *ours))
     printed(capsys, *folders, "--keep", kept)
     assert printed(capsys, "--tasks", "s", kept)[2:5] == [
-        "Compare (2 rows) | +11.00 [-65.24, +87.24] 2/2 level |  |  |  | 8.5, a lottery",
-        "Which is larger (1 rows) | +0.75 [-2.43, +3.93] 2/2 level |  |  |  | 0.4",
-        "Say in reverse (1 rows) | +1.50 [-4.85, +7.85] 2/2 level |  |  |  | 0.7"]
+        "Compare (2 rows) | +11.00 [-65.24, +87.24] 2/2 level |  |  |  |  |  | 8.5, a lottery",
+        "Which is larger (1 rows) | +0.75 [-2.43, +3.93] 2/2 level |  |  |  |  |  | 0.4",
+        "Say in reverse (1 rows) | +1.50 [-4.85, +7.85] 2/2 level |  |  |  |  |  | 0.7"]
     assert report.read_runs(kept)[0].curves == dict(D_q=[[100, 0.123], [200, 0.5]], D_k=[[100, 0]])
     lines = printed(capsys, kept, "--numbers", "D_q@200", "D_k@200", "D_k@100")
     assert lines[0].endswith(" | D_q@200 | D_k@100") and lines[2].endswith(" | 0.50 ± 0.00 | 0.00 ± 0.00")
