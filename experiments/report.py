@@ -24,8 +24,8 @@ COMPARED = {"CMA-GA less CMA": ("cma-ga-skl", "cma-skl"),
             "CMA-GA less SFT, greedy": ("cma-ga-skl-greedy", "sft-greedy"),
             "CMA less SFT": ("cma-skl", "sft"),
             "CMA less SFT, greedy": ("cma-skl-greedy", "sft-greedy")}
-PAPER = ("| the paper | OOD +0.37, where f of CMA is srkl; All 16.40 to 18.32, where f is kl |  |  |  |  |  | "
-         "not given |")
+PAPER = ("| the paper | OOD +0.37, where f of CMA is srkl; All 16.40 to 18.32, where f is kl | "
+         " |  |  |  |  | not given |")
 LOTTERY = 8  # points of standard deviation over training seeds
 NOTE = """
 Mean ± standard deviation over training seeds (over sampling seeds). A difference is of All and has its 95 %
