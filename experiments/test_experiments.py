@@ -492,6 +492,11 @@ def test_a_summary_has_a_line_a_setting_and_what_the_paper_reports(tmp_path, cap
         "demo | +1.50 [-4.85, +7.85] rows |  |  |  |  |  | ",  # one training run has no verdict
         "the paper | OOD +0.37, where f of CMA is srkl; All 16.40 to 18.32, where f is kl |  |  |  |  |  | "
         "not given"]
+    paper = pathlib.Path(report.__file__).parent / "results/paper.json"
+    known = {one.name: one.rougeL for one in report.read_runs(paper)}
+    ood = known["paper: cma-ga-skl"]["OOD"][0] - known["paper: cma-srkl"]["OOD"][0]
+    kl, ga_kl = known["paper: cma-kl"]["All"][0], known["paper: cma-ga-kl"]["All"][0]
+    assert f"OOD {ood:+.2f}, " in lines[4] and f"All {kl:.2f} to {ga_kl:.2f}, " in lines[4]
 
 def write_run(folder, *scores):
     """A finished run on a test set of four rows; scores: of each sampling seed."""
