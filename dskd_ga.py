@@ -301,11 +301,9 @@ def say(*words):  # on rank 0, without breaking a progress bar
 def bar(items, name):  # disable=None: no bar where there is no terminal
     return tqdm(items, desc=name, leave=False, disable=world()[0] > 0 or None)
 
-def batches(sequences, size, name, part, parts):
-    """Batches of row numbers, `size` at a time, of like length; process `part` of `parts` gets its share."""
+def batches(sequences, size):  # lists of row numbers, `size` at a time, of like length
     order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
-    for start in bar(range(0, len(order), size)[part::parts], name):
-        yield order[start:start + size]
+    return [order[start:start + size] for start in range(0, len(order), size)]
 
 def has_bf16(device):  # then matrix products are in it, and so is the frozen teacher
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -561,14 +559,17 @@ NO_IDENTITY = """out name eval_only student teacher teacher_ready teacher_epochs
 def seed_torch(*numbers):  # by what is computed next: a restart draws the same numbers
     torch.manual_seed(np.random.SeedSequence(numbers).generate_state(1, np.uint64).item())
 
-def replace(path, save):  # save(fresh) writes a file or folder, on rank 0; whole, it takes the path's place
+def write(path, save):  # save(path), of a file or folder
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save(path)
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        raise OSError(f"{path} cannot be written ({error})") from error
+
+def replace(path, save):  # on rank 0; what is written takes the path's place when it is whole
     if world()[0] == 0:
         fresh = path.with_name(path.name + ".tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save(fresh)
-        except Exception as error:  # torch and safetensors have errors of their own for a full disk
-            raise OSError(f"{fresh} cannot be written ({error})") from error
+        write(fresh, save)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(fresh, path)
@@ -609,12 +610,16 @@ def model_fingerprint(model):  # its weights, config and stop tokens, wherever t
     config = model.config.to_dict() | dict(_name_or_path=None, transformers_version=None)
     return fingerprint([config, model.generation_config.eos_token_id], model.state_dict().values())
 
+def check_free(folder, *names):
+    held = [name for name in names if (folder / name).exists()]
+    check(not held, folder, held, "none of another run: remove it, or give another --out or --name")
+
 def open_state(folder, identity):  # identity: a dict
     """The folder's state.pt, which alone says what the folder is and where its run is; a new folder gets
     one. InputError, in every process: one of them cannot read it, or it is of another identity."""
     path = folder / "state.pt"
     if not path.exists():
-        check(not (folder / "best").exists(), folder, "best/ without state.pt", "both or none")
+        check_free(folder, "best", "eval.json")
         new = dict(identity=identity, step=0, best_score=-1.0, log=[], model=None, optimizer=None)
         replace(path, lambda fresh: torch.save(new, fresh))
     gather()
@@ -640,37 +645,30 @@ def optimizer_for(model, args):  # AdamW; biases and norms are not decayed
 
 @torch.no_grad()
 def read_once(teacher, data, folder, device):
-    """The `Pair`s with h^t at their response positions, read by teacher.model, which is then freed. A node's
-    processes share the reading, and a memory-mapped file that holds the states."""
-    machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    machines = gather(machine)  # of all processes
-    share = machines[:world()[0]].count(machine), machines.count(machine)  # which, of how many
-    head, examples = teacher.head, [pair.t for pair in data]
-    path, lengths = folder / f"states-{machine}.tmp", [example.length for example in examples]
-    size = sum(lengths) * head.shape[1]
-    n_bytes = size * head.itemsize
-    say("the teacher's states take", n_bytes / 1e9, "GB of memory or disk on each node")
-    try:
-        with open(path, "ab") as file:
-            os.posix_fallocate(file.fileno(), 0, n_bytes)
-        states = torch.from_file(str(path), shared=True, size=size, dtype=head.dtype)
-        gather()
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error})") from error
-    finally:
-        path.unlink(missing_ok=True)  # all have it open: nothing is left of it, however the run ends
-    states = states.view(-1, head.shape[1]).split(lengths)
+    """The `Pair`s with h^t at their response positions, read by teacher.model, which is then freed. Each
+    process reads a share of the batches into files, which all map into memory: a node keeps one copy."""
+    rank, processes = world()
+    examples, states, home = [pair.t for pair in data], {}, folder / "states.tmp"
+    size = sum(example.length for example in examples) * teacher.head[0].nbytes
+    say("the teacher's states take", size / 1e9, "GB of memory or disk")
     # batches are decided by the rows alone: a restart gets the same numbers
-    ids = [example.ids for example in examples]
-    for rows in batches(ids, 16, "the teacher reads the rows", *share):
-        with autocast(device):
-            hidden = response_hidden(teacher.model, collate([examples[row] for row in rows], device))
-        check(hidden.isfinite().all(), "the teacher's states", "one that is not finite", "numbers")
-        for row, h in zip(rows, hidden):
-            states[row].copy_(h[:lengths[row]])  # without the batch's padding
-    gather()
+    plan = batches([example.ids for example in examples], 16)
+    try:
+        for rows in bar(plan[rank::processes], "the teacher reads the rows"):
+            side = collate([examples[row] for row in rows], device)
+            with autocast(device):
+                h = at_real(response_hidden(teacher.model, side), side).cpu()
+            check(h.isfinite().all(), "the teacher's states", "one that is not finite", "numbers")
+            write(home / f"{rows[0]}.pt", lambda path: torch.save(h, path))
+        gather()
+        for rows in plan:
+            h = torch.load(home / f"{rows[0]}.pt", mmap=True)
+            states |= zip(rows, h.split([examples[row].length for row in rows]))
+        gather()
+    finally:
+        shutil.rmtree(home, ignore_errors=True)  # all have them open
     teacher.model = None
-    return [Pair(s, t._replace(hidden=h)) for (s, t), h in zip(data, states)]
+    return [Pair(s, t._replace(hidden=states[row])) for row, (s, t) in enumerate(data)]
 
 def gradient(model, micro_batches, step, args, device):  # lists of `Pair`s, of all processes
     """Leaves a step's gradient in the parameters; returns this process's share of the log's means."""
@@ -813,7 +811,8 @@ def respond(model, tokenizer, rows, seed, args):
     """A response to each row, and its ROUGE-L. Batches and seeds do not depend on the processes."""
     model.eval()
     prompts, end, found = prompts_of(model, tokenizer, rows, args), tokenizer.eos_token_id, []
-    for batch in batches(prompts, args.eval_batch, "responses", *world()):
+    rank, processes = world()
+    for batch in bar(batches(prompts, args.eval_batch)[rank::processes], "responses"):
         asked = padded([prompts[row] for row in batch], model.device, -1, "left")
         seed_torch(seed, batch[0])
         with autocast(model.device):  # the rest is in the generation_config, see `decoding`
@@ -925,7 +924,7 @@ def check_settings(args):  # what argparse lets through
 def experiment(args, device, distiller):
     """Fine-tunes the teacher if need be, trains, evaluates the best; returns what eval.json holds."""
     # 1. models, and rows without their end marks
-    out, tests, prompts = Path(args.out), {}, []
+    out, tests = Path(args.out), {}
     taught = args.method != "sft" and not args.eval_only
     for item in args.tests:
         name, _, source = item.partition("=")
@@ -940,17 +939,13 @@ def experiment(args, device, distiller):
     marks = sum([tokenizer.all_special_tokens for _, tokenizer in loaded], [])
     for name, path in tests.items():
         tests[name] = read_rows(path, args.eval_limit, marks)
-        prompts += prompts_of(*loaded[0], tests[name], args)  # raises what `respond` would, but now
+        prompts_of(*loaded[0], tests[name], args)  # raises what `respond` would, but now
 
     # 2. a checkpoint
     if args.eval_only:
         folder = out / args.name
-        identity = dict(
-            tests=fingerprint([tests, prompts]), weights=model_fingerprint(loaded[0][0]),
-            max_new_tokens=args.max_new_tokens, no_repeat_ngram=args.no_repeat_ngram,
-            eval_seeds=args.eval_seeds, eval_temperature=args.eval_temperature)
         with lock(folder):
-            open_state(folder, identity)
+            check_free(folder, "state.pt", "best", "eval.json")
             return evaluate(args, args.eval_only, *loaded[0], tests, folder)
 
     # 3. the teacher, one for all runs in --out: it has the defaults of those settings that are the student's
