@@ -706,7 +706,8 @@ def set_up(args, rows, loaded, distiller):
     kept = rows[args.dev_rows:]
     data = pairs(kept, tokenizers, args.max_prompt, args.max_length, model.annotate)
     say(len(data), "rows to train on,", len(kept) - len(data), "are too long")
-    check(len(data) >= args.batch_size, "rows to train on", len(data), "--batch-size, within the limits")
+    check(min(args.batch_size, len(data)) >= world()[1], "rows a step",
+          f"--batch-size {args.batch_size}, of {len(data)} rows", "at least one for each process")
     # 3. identity: a run goes on only with equal rows, tokens, weights and settings
     identity = {name: value for name, value in vars(args).items() if name not in NO_IDENTITY}
     identity["rows"] = fingerprint([rows, data])
@@ -727,10 +728,10 @@ def train(args, rows, folder, loaded, distiller=Distiller):
     if state["optimizer"]:  # neither at the start nor when all steps are done
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    steps_per_epoch = len(data) // args.batch_size
+    batch_size = min(args.batch_size, len(data))
+    steps_per_epoch = len(data) // batch_size
     total_steps = max(1, round(args.epochs * steps_per_epoch))
-    micro_batch = min(args.micro_batch, args.batch_size // processes)  # each process gets one
-    check(micro_batch > 0, "--batch-size", args.batch_size, "a row for each process")
+    micro_batch = min(args.micro_batch, batch_size // processes)  # each process gets one
     say(folder, "- steps:", total_steps, "done:", state["step"], "rows at a time:", micro_batch,
         "the student's parameters:", student.num_parameters(only_trainable=True))
     write_log(folder, state)  # this and args.json are for people: state.pt has what they say
@@ -751,7 +752,7 @@ def train(args, rows, folder, loaded, distiller=Distiller):
         for group in optimizer.param_groups:
             cosine = (1 + math.cos(math.pi * model.progress)) / 2
             group["lr"] = 1e-7 + (group["peak"] - 1e-7) * cosine
-        micro_batches = step_rows(data, args.batch_size, micro_batch, args.seed, step)
+        micro_batches = step_rows(data, batch_size, micro_batch, args.seed, step)
         shares.update(gradient(parallel, micro_batches, step, args, student.device))
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         optimizer.step()
@@ -891,7 +892,7 @@ def build_parser(methods=("cma", "sft")):
     add("--s2t-div", choices=DIVERGENCES, default="kl", help="f of KD^{s->t}; in eq. (8) the same as --div")
     add = parser.add_argument_group("optimisation: AdamW with a cosine to 1e-7").add_argument
     add("--epochs", type=float, default=20, help="length of training, a fraction allowed")
-    add("--batch-size", type=int, default=32, help="rows a step, over all processes")
+    add("--batch-size", type=int, default=32, help="rows a step, over all processes; at most all rows")
     add("--micro-batch", type=int, default=4, help="rows at a time, at most; fewer if memory is short")
     add("--recompute", action="store_true", help="activations are computed twice; if memory is still short")
     add("--lr", type=float, default=5e-4, help="the student's peak rate; lower for a larger one")
@@ -956,8 +957,6 @@ def experiment(args, device, distiller):
         settings = argparse.Namespace(method="sft", epochs=args.teacher_epochs, lr=args.teacher_lr, **same)
         settings = build_parser().parse_args([], settings)
         teacher_rows = [row._replace(prompt=row.teacher_prompt or row.prompt) for row in rows]
-        kept = pairs(teacher_rows[args.dev_rows:], [loaded[1][1]], args.max_prompt, args.max_length)
-        settings.batch_size = min(settings.batch_size, max(1, len(kept)))
         folder = out / f"{Path(args.teacher).resolve().name}-tuned"
         with lock(folder):
             args.teacher = str(train(settings, teacher_rows, folder, loaded[1:]))
