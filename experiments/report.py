@@ -40,7 +40,7 @@ class Run(NamedTuple):
     rows: dict = {}     # test set -> each row's ROUGE-L, the mean over sampling seeds; the paper gives none
     numbers: dict = {}  # those of numbers.json
     curves: dict = {}   # of CURVES: [step, value] for each line of log.jsonl that is kept
-    tasks: dict = {}    # test set -> task -> which rows are of it
+    tasks: dict = {}    # test set -> task -> which rows are of it; in a file its first run has them
 
 def load(path):  # its numbers as a table or a picture shows them
     return json.loads(path.read_text(), parse_float=lambda number: round(float(number), 3))
@@ -186,14 +186,15 @@ def summary(settings):  # pairs of a line's name and its `Run`s
     return markdown(columns)
 
 def of_tasks(runs, test_set):  # for `summary`: each task and the runs, with their scores on its rows alone
-    found = {}
-    for run in runs:
-        for task, places in run.tasks.get(test_set, {}).items():
+    by_name(runs)  # raises if some were tested on other rows
+    tasks = runs[0].tasks.get(test_set)
+    check(tasks, "--tasks", test_set, "a test set of runs that were kept with their tasks")
+    for task, places in tasks.items():
+        parts = []
+        for run in runs:
             scores = [run.rows[test_set][place] for place in places]
-            part = run._replace(rougeL=dict(All=[np.mean(scores)]), rows={task: scores})
-            found.setdefault(f"{task} ({len(places)} rows)", []).append(part)
-    check(found, "--tasks", test_set, "a test set of runs that were kept with their tasks")
-    return found.items()
+            parts.append(run._replace(rougeL=dict(All=[np.mean(scores)]), rows={task: scores}))
+        yield f"{task} ({len(places)} rows)", parts
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -211,11 +212,12 @@ def main(argv=None):
         if args.summary:
             text = f"{summary(settings)}\n{PAPER}"
         elif args.tasks:
-            text = summary(of_tasks(runs, args.tasks))
+            text = summary(list(of_tasks(runs, args.tasks)))
         else:
             text = table(runs, *args.baseline, numbers=args.numbers)
         print(text, NOTE, sep="\n")
         if args.keep:
+            runs[1:] = [run._replace(tasks={}) for run in runs[1:]]
             kept = [json.dumps(run._asdict()) for run in runs]
             args.keep.write_text("[" + ",\n".join(kept) + "]\n")
     except (InputError, OSError) as error:
