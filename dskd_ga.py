@@ -858,8 +858,6 @@ TEST_SETS = ["Dolly=MiniLLM/dolly/valid.jsonl", "SelfInst=MiniLLM/self-inst/vali
              "Vicuna=MiniLLM/Vicuna/valid.jsonl", "S-NI=MiniLLM/sinst/11_/valid.jsonl",
              "UnNI=MiniLLM/uinst/11_/valid.jsonl"]
 MAY_BE_ZERO = "skew weights kq_weight clip seed eval_seeds eval_temperature no_repeat_ngram".split()
-TEACHERS_TOO = """dev_rows max_prompt max_length max_new_tokens micro_batch eval_batch recompute
-    save_every""".split()
 
 def build_parser(methods=("cma", "sft")):
     """The command line as an argparse parser. methods: the choices of --method, the default first."""
@@ -949,13 +947,14 @@ def experiment(args, device, distiller):
             check_free(folder, "state.pt", "best", "eval.json")
             return evaluate(args, args.eval_only, *loaded[0], tests, folder)
 
-    # 3. the teacher, one for all runs in --out: it has the defaults of those settings that are the student's
+    # 3. the teacher, one for all runs in --out: settings that are the student's alone have their defaults
     rows = read_rows(source, marks=marks)
     if taught and not args.teacher_ready:
         set_up(args, rows, loaded, distiller)  # raises what the student's training would, but now
-        same = {name: getattr(args, name) for name in TEACHERS_TOO}
-        settings = argparse.Namespace(method="sft", epochs=args.teacher_epochs, lr=args.teacher_lr, **same)
-        settings = build_parser().parse_args([], settings)
+        shared = *NO_IDENTITY, "dev_rows", "max_prompt", "max_length", "max_new_tokens"
+        settings = {name: getattr(args, name) for name in shared}
+        settings |= dict(method="sft", epochs=args.teacher_epochs, lr=args.teacher_lr)
+        settings = build_parser().parse_args([], argparse.Namespace(**settings))
         teacher_rows = [row._replace(prompt=row.teacher_prompt or row.prompt) for row in rows]
         folder = out / f"{Path(args.teacher).resolve().name}-tuned"
         with lock(folder):
