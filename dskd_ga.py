@@ -132,11 +132,8 @@ class Projectors(nn.Module):  # the linear maps between a student of width d_s a
 def std_normalise(x, mask):
     """N_std of eqs. (2), (5), x over its standard deviation: (B, n, d), (B, n) -> (B, n, d), 0 on padding."""
     x = zero_padding(full_precision(x), mask)  # NOT IN PAPER: each sequence's own positions (departure 4)
-    count = mask.sum(1) * x.shape[2]  # (B,): entries at real positions
-    mean = x.sum((1, 2)) / count.clamp(min=1)
-    centred = zero_padding(x - mean[:, None, None], mask)
-    variance = centred.square().sum((1, 2)) / (count - 1).clamp(min=1)
-    return x / variance.clamp(min=1e-12).sqrt()[:, None, None]
+    variance = torch.masked.var(x, (1, 2), unbiased=True, keepdim=True, mask=mask.unsqueeze(2))
+    return x / variance.nan_to_num().clamp(min=1e-12).sqrt()  # nan: of a sequence without positions
 
 def cross_model_attention(q, k, allowed):  # (B, S, w), (B, T, w), (B, S, T) bool: which pairs may meet
     """-> A^{t->s} (B, S, T), A^{s->t} (B, T, S) of eq. (3). Rows sum to 1, or to 0 with nothing allowed."""
@@ -178,10 +175,8 @@ def ga_loss(disc, q, k, s_mask, t_mask,  # D; (B, S, w), (B, T, w); (B, S), (B, 
     # NOT IN PAPER: means over real positions (departure 5)
     loss_q = F.softplus(-z_q).sum() / n_s  # mean of -log D(q)                                  (14)
     loss_k = F.softplus(z_k).sum() / n_t   # mean of -log(1 - D(k))                             (14)
-    D_q = z_q.detach().sigmoid()
-    D_k = z_k.detach().sigmoid()
-    terms = dict(D_q=D_q.sum() / n_s, accuracy_q=(D_q > 0.5).sum() / n_s,
-                 D_k=D_k.sum() / n_t, accuracy_k=(D_k <= 0.5).sum() / n_t)
+    terms = dict(D_q=z_q.detach().sigmoid().sum() / n_s, accuracy_q=(z_q > 0).sum() / n_s,
+                 D_k=z_k.detach().sigmoid().sum() / n_t, accuracy_k=(z_k <= 0).sum() / n_t)
     return loss_q + loss_k, terms
 
 # 5. Objective ===============================================================================================
@@ -232,7 +227,7 @@ def dual_space_losses(
     The sums `ce`, `ce_t2s`, `kd_t2s`, `kd_s2t`, `n_correct` have none, nor have `k`, `a_t2s`, `a_s2t`,
     `h_t2s`, `h_s2t`."""
     # queries, keys, attention
-    h_s, h_t = zero_padding(h_s, s.mask), zero_padding(h_t.detach(), t.mask)
+    h_s, h_t = zero_padding(h_s, s.mask), h_t.detach()
     e_s = torch.cat(embed(E_s, s), -1)  # (B, S, 2 d_s): of the tokens that a position reads and predicts
     e_t_input, e_t_target = embed(E_t, t)
     q = zero_padding(proj.query(e_s), s.mask)                                                 # (1)
@@ -321,8 +316,6 @@ def response_hidden(model, side):  # h, (B, n, d), at the response positions
     # Padding is on the right and attention is causal: no real position sees padding, so no mask is needed.
     return trunk(model, side.ids).take_along_dim(side.pos.unsqueeze(2), 1)
 
-POSITIONS = "max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "model_max_length"
-
 def decoding(ends, pad, temperature=1.0, no_repeat_ngram=0):  # ends: the ids that stop it
     """All settings by which responses are generated. It replaces the model's own, so that nothing else in
     its folder changes a score. temperature 0: the likeliest tokens."""
@@ -371,10 +364,10 @@ def check_readable(model, sequences, flags, more=0):  # lists of ids, `more` tok
     longest, highest = max(map(len, sequences)) + more, max(map(max, sequences))
     size = len(model.get_input_embeddings().weight)
     check(highest < size, model.name_or_path, f"the token {highest}", f"its {size} embeddings")
-    for name in POSITIONS:
-        limit = getattr(model.config.get_text_config(), name, None) or longest
-        check(longest <= limit, model.name_or_path, f"a row of {longest} tokens",
-              f"its {limit} positions: lower {flags}")
+    config = model.config.get_text_config()  # which has one name for this, but for MPT's
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", longest)
+    check(longest <= limit, model.name_or_path, f"a row of {longest} tokens",
+          f"its {limit} positions: lower {flags}")
 
 # 7. Data: text row -> two tokenisations of the same text -> padded batch ====================================
 class Row(NamedTuple):
@@ -429,20 +422,15 @@ def read_rows(path, limit=None, marks=()):
     lines = Path(path).read_bytes().rstrip().split(b"\n")[:limit]
     for number, line in enumerate(lines, 1):
         try:
-            found = json.loads(line).items()
-            row = {field: value for field, value in found if value not in (None, "")}
+            row = {field: value for field, value in json.loads(line).items() if value not in (None, "")}
             take = lambda field, default=None: clean(row.pop(field, default), field)
             output = row.pop("output", [])
             output = output if isinstance(output, list) else [output]  # test sets have lists
-            texts = [clean(text, "output") for text in output if text is not None]
-            if "prompt" in row:
-                prompt = take("prompt")
-            else:
-                prompt = alpaca_prompt(take("instruction"), take("input", ""))
+            texts = [marks_at_end.sub("", clean(text, "output")) for text in output if text is not None]
+            prompt = take("prompt", "") or alpaca_prompt(take("instruction"), take("input", ""))
             teacher_prompt = take("teacher_prompt", "") or None
         except (AttributeError, ValueError, RecursionError) as error:  # the first: it is no object
             raise InputError(f"{path}, line {number}: {error}") from error
-        texts = [marks_at_end.sub("", text) for text in texts]
         texts = list(filter(str.strip, texts))
         if texts:
             rows.append(Row(prompt, texts, teacher_prompt))
@@ -559,17 +547,14 @@ NO_IDENTITY = """out name eval_only student teacher teacher_ready teacher_epochs
 def seed_torch(*numbers):  # by what is computed next: a restart draws the same numbers
     torch.manual_seed(np.random.SeedSequence(numbers).generate_state(1, np.uint64).item())
 
-def write(path, save):  # save(path), of a file or folder
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save(path)
-    except Exception as error:  # torch and safetensors have errors of their own for a full disk
-        raise OSError(f"{path} cannot be written ({error})") from error
-
-def replace(path, save):  # on rank 0; what is written takes the path's place when it is whole
-    if world()[0] == 0:
+def replace(path, save, rank=0):  # save(fresh) writes a file or folder; whole, it takes the path's place
+    if world()[0] == rank:
         fresh = path.with_name(path.name + ".tmp")
-        write(fresh, save)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save(fresh)
+        except Exception as error:  # torch and safetensors have errors of their own for a full disk
+            raise OSError(f"{path} cannot be written ({error})") from error
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(fresh, path)
@@ -605,10 +590,6 @@ def fingerprint(content, tensors=()):  # digits that are equal if all of these a
     for tensor in tensors:
         digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-def model_fingerprint(model):  # its weights, config and stop tokens, wherever they are from
-    config = model.config.to_dict() | dict(_name_or_path=None, transformers_version=None)
-    return fingerprint([config, model.generation_config.eos_token_id], model.state_dict().values())
 
 def check_free(folder, *names):
     held = [name for name in names if (folder / name).exists()]
@@ -659,7 +640,7 @@ def read_once(teacher, data, folder, device):
             with autocast(device):
                 h = at_real(response_hidden(teacher.model, side), side).cpu()
             check(h.isfinite().all(), "the teacher's states", "one that is not finite", "numbers")
-            write(home / f"{rows[0]}.pt", lambda path: torch.save(h, path))
+            replace(home / f"{rows[0]}.pt", lambda fresh: torch.save(h, fresh), rank)
         gather()
         for rows in plan:
             h = torch.load(home / f"{rows[0]}.pt", mmap=True)
@@ -713,7 +694,9 @@ def set_up(args, rows, loaded, distiller):
     identity["rows"] = fingerprint([rows, data])
     for name, reader, examples in zip(("student weights", "teacher weights"), models, zip(*data)):
         check_readable(reader, [example.ids for example in examples], "--max-length")
-        identity[name] = model_fingerprint(reader)
+        config = reader.config.to_dict() | dict(_name_or_path=None, transformers_version=None)
+        settings = config, reader.generation_config.eos_token_id
+        identity[name] = fingerprint(settings, reader.state_dict().values())
     return model, data, identity
 
 def train(args, rows, folder, loaded, distiller=Distiller):
@@ -771,21 +754,19 @@ def train(args, rows, folder, loaded, distiller=Distiller):
         line["tokens_per_s"] = line["tokens"] * (step - last) / (time.perf_counter() - since)
         if student.device.type == "cuda":
             line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        say(*[f"{name} {value:.3g}" for name, value in line.items()])
-        write_log(folder, state, line)
 
         # keep the student with the best ROUGE-L on the dev rows, the later of equals
         if epoch_ends:
             seeds = range(args.seed, args.seed + args.dev_samplings)
             scores = [respond(student, tokenizer, rows[:args.dev_rows], seed, args)[1] for seed in seeds]
-            score = np.mean(scores).item()
-            say("dev ROUGE-L", score)
-            write_log(folder, state, dict(step=step, dev_rougeL=score))
+            score = line["dev_rougeL"] = np.mean(scores).item()
             if score >= state["best_score"] or not best.exists():
                 state["best_score"] = score
                 replace(best, lambda fresh: save_best(model, tokenizer, fresh))
 
-        # save what the next step depends on; after the last one, no optimiser
+        # tell, and save what the next step depends on; after the last one, no optimiser
+        say(*[f"{name} {value:.3g}" for name, value in line.items()])
+        write_log(folder, state, line)
         if saves:
             moments = optimizer.state_dict() if step < total_steps else None
             state |= dict(step=step, model=model.state_dict(), optimizer=moments)

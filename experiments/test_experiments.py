@@ -507,8 +507,7 @@ def write_run(folder, *scores):
     means = np.mean(scores, 1).tolist()
     result = dict(args=dict(eval_seeds=[0, 1]), rougeL=dict(s=means, All=means))
     dskd_ga.write_json(folder / "eval.json", result)
-    log = [dict(step=100, D_q=0.12345, D_k=0), dict(step=110, D_q=1, D_k=1), dict(step=200, D_q=0.5, ce=1),
-           dict(step=200, dev_rougeL=50)]
+    log = [dict(step=100, D_q=0.12345, D_k=0), dict(step=110, D_q=1, D_k=1), dict(step=200, D_q=0.5, ce=1)]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
     return folder
 
