@@ -39,7 +39,7 @@ Glossary: B sequences; S and T student and teacher response positions; V_s and V
   D                   Discriminator  2 d_t -> logit            (14)
 """
 import argparse, datetime, fcntl, hashlib, json, math, os, re, shutil, sys, time, unicodedata, zipfile
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -616,13 +616,13 @@ def open_state(folder, identity):  # identity: a dict
     return state
 
 def optimizer_for(model, args):  # AdamW; biases and norms are not decayed
-    groups = defaultdict(list)
+    groups = []
     for name, parameter in model.named_parameters():  # a tied weight comes once
         if parameter.requires_grad:
             peak = args.lr if name.startswith("student.") else args.lr_projectors
-            groups[peak, 1e-2 if parameter.ndim > 1 else 0.0].append(parameter)
-    settings = [dict(params=x, peak=peak, weight_decay=decay) for (peak, decay), x in groups.items()]
-    return torch.optim.AdamW(settings, fused=True)
+            decay = 1e-2 if parameter.ndim > 1 else 0.0
+            groups.append(dict(params=parameter, peak=peak, weight_decay=decay))
+    return torch.optim.AdamW(groups, fused=True)
 
 @torch.no_grad()
 def read_once(teacher, data, folder, device):
@@ -724,8 +724,6 @@ def train(args, rows, folder, loaded, distiller=Distiller):
     if model.teacher and state["step"] < total_steps:
         data = read_once(model.teacher, data, folder, student.device)
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes > 1 else model
-    if student.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
 
     # 3. steps
     shares, last, since = Counter(), state["step"], time.perf_counter()  # since the last line of the log
@@ -897,7 +895,6 @@ def check_settings(args):  # what argparse lets through
                 usable = 0 <= number < 1e15 and (number or name in MAY_BE_ZERO)
                 check(usable, "--" + name.replace("_", "-"), number, "over 0, or 0 if that is sensible")
     check(args.skew < 1, "--skew", args.skew, "0 to below 1")
-    check(any(args.weights), "--weights", args.weights, "one that is not 0")
     usable = re.fullmatch(r"\w[^/]*", args.name or "x") and (args.name or not args.eval_only)
     check(usable, "--name", args.name, "a folder's name, without a path; --eval-only needs one")
 
