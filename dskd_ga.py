@@ -39,7 +39,7 @@ Glossary: B sequences; S and T student and teacher response positions; V_s and V
   D                   Discriminator  2 d_t -> logit            (14)
 """
 import argparse, datetime, fcntl, hashlib, json, math, os, re, shutil, sys, time, unicodedata, zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -616,13 +616,13 @@ def open_state(folder, identity):  # identity: a dict
     return state
 
 def optimizer_for(model, args):  # AdamW; biases and norms are not decayed
-    groups = []
+    groups = defaultdict(list)
     for name, parameter in model.named_parameters():  # a tied weight comes once
         if parameter.requires_grad:
             peak = args.lr if name.startswith("student.") else args.lr_projectors
-            decay = 1e-2 if parameter.ndim > 1 else 0.0
-            groups.append(dict(params=parameter, peak=peak, weight_decay=decay))
-    return torch.optim.AdamW(groups, fused=True)
+            groups[peak, 1e-2 if parameter.ndim > 1 else 0.0].append(parameter)
+    settings = [dict(params=x, peak=peak, weight_decay=decay) for (peak, decay), x in groups.items()]
+    return torch.optim.AdamW(settings, fused=True)
 
 @torch.no_grad()
 def read_once(teacher, data, folder, device):
@@ -895,6 +895,7 @@ def check_settings(args):  # what argparse lets through
                 usable = 0 <= number < 1e15 and (number or name in MAY_BE_ZERO)
                 check(usable, "--" + name.replace("_", "-"), number, "over 0, or 0 if that is sensible")
     check(args.skew < 1, "--skew", args.skew, "0 to below 1")
+    check(any(args.weights), "--weights", args.weights, "one that is not 0")
     usable = re.fullmatch(r"\w[^/]*", args.name or "x") and (args.name or not args.eval_only)
     check(usable, "--name", args.name, "a folder's name, without a path; --eval-only needs one")
 

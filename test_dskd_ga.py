@@ -1224,7 +1224,7 @@ BAD = [({name: value}, f"--{name.replace('_', '-')}: found {value}") for name, v
 BAD += [(dict(tests=value), f"--tests: found {value}, ") for value in ("OOD=x", "All=x", "seen", "../a=x")]
 BAD += [({name: "/no/such"}, "/no/such") for name in ("student", "teacher", "data")]
 BAD += [  # settings, and what the line says
-    (dict(weights=[0, 0, 0, -1]), "--weights: found -1"), (dict(eval_seeds=-1), "--eval-seeds: found "),
+    (dict(weights=[0, 0, 0, 0]), "--weights: found "), (dict(eval_seeds=-1), "--eval-seeds: found "),
     (dict(eval_only="/no/such", name="a"), "/no/such"),
     (dict(dev_samplings=-2 ** 70), "--dev-samplings: found "),
     (dict(eval_only="/no/such"), "--name: found None, .*--eval-only"), (dict(method="sft", ga=True), "--ga"),
