@@ -1198,6 +1198,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_save(small, runs, tmp_path, mom
     said = "dskd_ga.py: .*(File too large|cannot be written).*\n"
     assert child.wait() == 2 and re.fullmatch(said, child.errors), child.errors
     assert state_of(folder)["step"] == last and (last == 0 or weights(folder / "best"))
+    assert not (folder / "states.tmp").exists()
     same_end(run(small, tmp_path, **GA), runs.steady)
 
 def test_a_step_that_is_not_finite_ends_the_run_and_is_not_saved(small, tmp_path):
@@ -1238,6 +1239,11 @@ BAD += [  # settings, and what the line says
 def test_settings_that_cannot_work_are_told_in_one_line(small, tmp_path, capsys, settings, said):
     assert re.search(said, refused(capsys, flags(small, tmp_path, **settings)))
     assert not list(tmp_path.glob("**/state.pt"))
+
+def test_each_process_needs_a_row_of_every_step(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dskd_ga, "world", lambda: (0, 9))
+    said = refused(capsys, flags(small, tmp_path))
+    assert "rows a step: found --batch-size 8, of 32 rows, expected" in said
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_rows_that_a_model_cannot_read_are_told_first(small, tmp_path, capsys, which):
