@@ -180,32 +180,15 @@ def ga_loss(disc, q, k, s_mask, t_mask,  # D; (B, S, w), (B, T, w); (B, S), (B, 
     return loss_q + loss_k, terms
 
 # 5. Objective ===============================================================================================
-class SlicedLoss(torch.autograd.Function):  # see `sliced_loss`
+class WithGradients(torch.autograd.Function):  # a loss whose gradients by these tensors are known already
     @staticmethod
-    def forward(ctx, fn, rows, max_logits, *tensors):  # tensors: h_1, ..., h_J, W_1, ..., W_J
-        J = len(tensors) // 2
-        # copies, at which a slice's backward pass ends
-        leaves = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
-        hidden, heads = leaves[:J], leaves[J:]
-        size = max(1, max_logits // max(map(len, heads)))
-        totals = 0
-        with torch.enable_grad():
-            slices = [x.split(size) for x in (*hidden, *rows)]
-            for part in zip(*slices):
-                logits = [full_precision(F.linear(h, W)) for h, W in zip(part[:J], heads)]
-                sums = fn(*logits, *part[J:])
-                if sums[0].requires_grad:
-                    sums[0].backward()
-                totals = totals + torch.stack([value.detach().double() for value in sums])
-                del logits, sums  # before the next ones are made
-        ctx.grads = [leaf.grad for leaf in leaves]
-        loss, *terms = totals.unbind()
-        ctx.mark_non_differentiable(*terms)
-        return loss, *terms
+    def forward(ctx, loss, gradients, *tensors):
+        ctx.gradients = gradients
+        return loss.clone()
 
     @staticmethod
-    def backward(ctx, slope, *_):
-        return None, None, None, *[grad if grad is None else grad * slope for grad in ctx.grads]
+    def backward(ctx, slope):
+        return None, None, *[x if x is None else x * slope for x in ctx.gradients]
 
 def sliced_loss(fn, sides, rows=(), max_logits=2 ** 24):
     """(loss, *terms), sums over N positions, with the logits of only a slice of these at a time: a fused
@@ -213,7 +196,20 @@ def sliced_loss(fn, sides, rows=(), max_logits=2 ** 24):
     twice; the backward pass only scales it. fn: (logits_1, ..., logits_J, *rows) -> (loss, *terms), sums over
     its positions. sides: J pairs of hidden states (N, d_j) and heads (V_j, d_j). rows: (N, ...)."""
     hidden, heads = zip(*sides)
-    return SlicedLoss.apply(fn, rows, max_logits, *hidden, *heads)
+    # copies, at which a slice's backward pass ends
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in (*hidden, *heads)]
+    J, totals = len(sides), 0
+    size = max(1, max_logits // max(map(len, heads)))
+    slices = [x.split(size) for x in (*leaves[:J], *rows)]
+    for part in zip(*slices):
+        logits = [full_precision(F.linear(h, W)) for h, W in zip(part, leaves[J:])]
+        sums = fn(*logits, *part[J:])
+        if sums[0].requires_grad:
+            sums[0].backward()
+        totals = totals + torch.stack([x.detach().double() for x in sums])
+        del logits, sums  # before the next ones are made
+    loss, *terms = totals.unbind()
+    return WithGradients.apply(loss, [x.grad for x in leaves], *hidden, *heads), *terms
 
 def dual_space_losses(
         proj, s, t,   # `Projectors(d_s, d_t)`; the `Side`s of student and teacher
@@ -523,10 +519,10 @@ class Distiller(nn.Module):
     def forward(self, s, t, n_s, n_t):
         """A micro-batch's share of eq. (16) and of the log's means. n_s, n_t: response tokens of the step."""
         h_s = response_hidden(self.student, s)
-        if t is None:  # sft: the loss is its only term
-            ce = lambda z, target: 2 * [F.cross_entropy(z, target, reduction="sum")]  # loss and term
-            loss, ce = sliced_loss(ce, [(at_real(h_s, s), head_of(self.student))], [at_real(s.targets, s)])
-            out = dict(loss=loss, ce=ce)
+        if t is None:  # sft
+            ce = lambda z, target: [F.cross_entropy(z, target, reduction="sum")]
+            (loss,) = sliced_loss(ce, [(at_real(h_s, s), head_of(self.student))], [at_real(s.targets, s)])
+            out = dict(loss=loss, ce=loss.detach())
         else:
             out = self.distil(s, t, h_s, t.hidden)
         # n_s is the one divisor, also of KD^{s->t}'s sum over the teacher's positions
@@ -917,7 +913,6 @@ def experiment(args, device, distiller):
     marks = sum([tokenizer.all_special_tokens for _, tokenizer in loaded], [])
     for name, path in tests.items():
         tests[name] = read_rows(path, args.eval_limit, marks)
-        prompts_of(*loaded[0], tests[name], args)  # raises what `respond` would, but now
 
     # 2. a checkpoint
     if args.eval_only:
