@@ -138,6 +138,7 @@ case $job in
                 done
             done
         } | xargs -P "${JOBS:-2}" -I LINE bash -euc 'set -- LINE; train "$@"'
+        once runs/new/teacher $python dskd_ga.py $(shared runs/new) --eval-only runs/new/teacher-tuned/best --name teacher
         shopt -s nullglob  # not every method is in every setting
         for rows in new few many; do
             $python experiments/chunks.py $(dirname runs/$rows/{sft,kd,uld,mined,cl,cma}*-*0/best)
