@@ -63,7 +63,7 @@ class Side(NamedTuple):
     ids: Tensor = None     # (B, L) what the trunk reads
     pos: Tensor = None     # (B, n) where in ids the response positions are
     hidden: Tensor = None  # (B, n, d) last hidden states there, of the teacher, see `read_once`
-    chunk: Tensor = None   # (B, n) the numbers of a method's `annotate`; negative for none
+    chunk: Tensor = None   # (B, n) numbers from a method's `annotate`, of chunks, say; negative: none
 
 def full_precision(x):  # half precision to float32; float64, as in tests, stays
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -101,8 +101,7 @@ def divergence(name, p, q, temperature=2.0, skew=0.1, head_mass=0.5):
     """f(p || q) of eq. (8): logits (..., V), (..., V) of what is learnt from and what learns -> (...).
     name: one of DIVERGENCES (else ValueError), or a function of (log p, log q). skew: a of skl, srkl."""
     # no factor tau^2; a finite floor, since 0 * (-inf - -inf) would be nan
-    log_p = (full_precision(p).clamp(min=-1e30) / temperature).log_softmax(-1)
-    log_q = (full_precision(q).clamp(min=-1e30) / temperature).log_softmax(-1)
+    log_p, log_q = [(full_precision(z).clamp(min=-1e30) / temperature).log_softmax(-1) for z in (p, q)]
     if callable(name):
         return name(log_p, log_q)
     if name == "kl":
@@ -170,9 +169,8 @@ def ga_loss(disc, q, k, s_mask, t_mask,  # D; (B, S, w), (B, T, w); (B, S), (B, 
     serves both players: D descends this loss; P_Q, behind `reverse`, ascends it. Keys are constants."""
     n_s = s_mask.sum() if n_s is None else n_s
     n_t = t_mask.sum() if n_t is None else n_t
-    z_q = disc(reverse(q[s_mask]))  # (N,), of the real ones
+    z_q = disc(reverse(q[s_mask]))  # (N,). NOT IN PAPER: of real positions (departure 5)
     z_k = disc(k[t_mask].detach())
-    # NOT IN PAPER: means over real positions (departure 5)
     loss_q = F.softplus(-z_q).sum() / n_s  # mean of -log D(q)                                  (14)
     loss_k = F.softplus(z_k).sum() / n_t   # mean of -log(1 - D(k))                             (14)
     terms = dict(D_q=z_q.detach().sigmoid().sum() / n_s, accuracy_q=(z_q > 0).sum() / n_s,
@@ -306,7 +304,7 @@ def head_of(model):  # W (V, d)
     return model.get_output_embeddings().weight
 
 def trunk(model, ids):  # (B, L) -> (B, L, d): the last hidden states, after the final norm
-    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return model.get_decoder()(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
 
 def response_hidden(model, side):  # h, (B, n, d), at the response positions
     # Padding is on the right and attention is causal: no real position sees padding, so no mask is needed.
@@ -328,30 +326,34 @@ def load_model(source, device, frozen=False):  # source: a folder or hub id; fro
         end = tokenizer.eos_token_id
         check(end is not None, "tokenizer", "no end of text", "one")
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True)  # they are refused below, by name
         model = model.to(device).requires_grad_(False)  # a vision tower, say, gets no gradient
         model.get_decoder().requires_grad_(True)
         head = model.get_output_embeddings().requires_grad_(True)
         own = model.generation_config.eos_token_id
-        # a single id may be a config's default, any token: it counts only if it is a special one
+        # a single stop id may be a mere default of the config: it counts only if it is a special token
         ends = own if isinstance(own, list) else {own} & tokenizer.added_tokens_decoder.keys()
-        # a trial of what all else relies on: equal up to 5 %, and no nan
-        ids = torch.tensor([[end, 1, 2] + 9 * [end]], device=device)
-        (hidden,), (longer,) = trunk(model, ids[:, 1:3]), trunk(model, ids[:, 1:])
+        # try what all else relies on: equal up to 5 %, for bf16, and no nan
+        ids = torch.tensor([20 * [end] + 8 * [1, 2] + 9 * [end]], device=device)
+        (hidden,), (longer,) = trunk(model, ids[:, 20:36]), trunk(model, ids[:, 20:])
         model.generation_config = decoding(sorted({end, *ends}), end)  # as evaluated; saved with `best`
-        generated = model.generate(ids[:, :3], attention_mask=ids.new_tensor([[0, 1, 1]]), max_new_tokens=1,
+        mask = torch.arange(36, device=device) >= 20  # of ids before that, which are padding, nothing counts
+        generated = model.generate(ids[:, :36], attention_mask=mask[None].long(), max_new_tokens=1,
                                    output_logits=True, return_dict_in_generate=True)
-        logits = head.weight @ hidden[1]
-        causal = torch.dist(longer[:2], hidden) <= 0.05 * hidden.norm()
+        logits = head.weight @ hidden[-1]
+        causal = torch.dist(longer[:16], hidden) <= 0.05 * hidden.norm()
         equal = torch.dist(generated.logits[0][0], logits) <= 0.05 * logits.norm()
         wrong = dict(
             slow_tokenizer=not tokenizer.is_fast, empty_tokenizer=len(tokenizer) < 2,
-            missing_weights=info["missing_keys"], adapter=find_adapter_config_file(str(source)),
+            random_tokens=tokenizer.is_fast and getattr(tokenizer.backend_tokenizer.model, "dropout", None),
+            missing_weights=info["missing_keys"], weights_of_other_shapes=info["mismatched_keys"],
+            adapter=find_adapter_config_file(str(source)),
             quantised_weights=hasattr(model, "hf_quantizer"), bias_of_head=head.bias is not None,
             cap_of_logits=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
             states_that_later_tokens_change=not causal, padded_logits_other_than_head_times_trunk=not equal)
-        wrong = {name: value for name, value in wrong.items() if value}
-        check(not wrong, "model", wrong, "none of these")
+        for name, value in wrong.items():
+            check(not value, name, value, "none")
         return model, tokenizer
     except Exception as error:
         raise InputError(f"{source}: {error!r}") from error
@@ -385,7 +387,7 @@ class Pair(NamedTuple):  # a row as student and teacher read it; without a teach
     s: Example
     t: Example = None
 
-# taken off besides the special tokens of the models at hand, so that other models rarely mean other rows
+# taken off besides the stop tokens of both models, so that runs of other models mostly learn the same texts
 END_MARKS = "<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"
 
 def fetch(source):  # a local path, or ORG/DATASET/FILE of the hub, which is downloaded once
@@ -408,21 +410,30 @@ def clean(text, field):  # a text of a row, composed
     text.encode()  # fails on half a surrogate pair
     return unicodedata.normalize("NFC", text)  # NOT IN PAPER (departure 8)
 
+def stop_marks(model, tokenizer):  # the texts of the tokens that end a response
+    return tuple(filter(str.strip, map(tokenizer.decode, model.generation_config.eos_token_id)))
+
+def without_marks(text, marks):  # at its end, and the white space before them
+    while (end := text.rstrip()).endswith(marks):
+        for mark in marks:
+            end = end.removesuffix(mark)
+        text = end.rstrip()
+    return text
+
 def read_rows(path, limit=None, marks=()):
     """The `Row`s of a file of JSON lines: `prompt`, or `instruction` and maybe `input`; `output`, a text or a
     list of texts, which lose END_MARKS and marks at their ends; maybe `teacher_prompt`. null and "" are as if
     absent; a row without output is left out. InputError names line and field of a bad row."""
-    marks = "|".join(map(re.escape, (*END_MARKS, *marks)))
-    marks_at_end = re.compile(rf"(\s*({marks}))+\s*\Z")
+    marks = (*END_MARKS, *marks)
     rows, unread = [], set()
     lines = Path(path).read_bytes().rstrip().split(b"\n")[:limit]
     for number, line in enumerate(lines, 1):
         try:
-            row = {field: value for field, value in json.loads(line).items() if value not in (None, "")}
-            take = lambda field, default=None: clean(row.pop(field, default), field)
-            output = row.pop("output", [])
+            fields = {name: value for name, value in json.loads(line).items() if value not in (None, "")}
+            take = lambda name, default=None: clean(fields.pop(name, default), name)  # what is left is unread
+            output = fields.pop("output", [])
             output = output if isinstance(output, list) else [output]  # test sets have lists
-            texts = [marks_at_end.sub("", clean(text, "output")) for text in output if text is not None]
+            texts = [without_marks(clean(text, "output"), marks) for text in output if text is not None]
             prompt = take("prompt", "") or alpaca_prompt(take("instruction"), take("input", ""))
             teacher_prompt = take("teacher_prompt", "") or None
         except (AttributeError, ValueError, RecursionError) as error:  # the first: it is no object
@@ -430,17 +441,24 @@ def read_rows(path, limit=None, marks=()):
         texts = list(filter(str.strip, texts))
         if texts:
             rows.append(Row(prompt, texts, teacher_prompt))
-        unread |= row.keys()
+        unread |= fields.keys()
     if unread or len(rows) < len(lines):
         say(path, "- rows without output:", len(lines) - len(rows), "- fields not read:", *sorted(unread))
     check(rows, path, "no row with an output", "at least one")
     return rows
 
-def prompt_ids(tokenizer, prompt, limit=sys.maxsize):  # one over the limit keeps its end
+def tokenize(tokenizer, text, **options):  # -> ids, and for each if it is not of the text, but added
+    try:
+        found = tokenizer(text, return_special_tokens_mask=True, verbose=False, **options)
+        return found["input_ids"], found["special_tokens_mask"]
+    except Exception as error:  # the text has what the tokenizer does not know, not even as unknown
+        raise InputError(f"{tokenizer.name_or_path}: cannot read {text[:50]!r} ({error})") from error
+
+def prompt_ids(tokenizer, prompt, limit=sys.maxsize):  # one that is longer than limit loses its beginning
     # NOT IN PAPER: the special tokens that the tokenizer puts in front of a text, never twice (departure 7)
-    probe = tokenizer("a", return_special_tokens_mask=True)
-    lead = probe["input_ids"][:probe["special_tokens_mask"].index(0)]
-    body = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    ids, added = tokenize(tokenizer, prompt)
+    lead = ids[:[*added, 0].index(0)]
+    body = [token for token, mark in zip(ids, added) if not mark]
     if body[:len(lead)] == lead:
         body = body[len(lead):]
     body = body[max(0, len(lead) + len(body) - limit):]
@@ -455,8 +473,8 @@ def pairs(rows, tokenizers, max_prompt=256, max_length=512,  # the student's tok
         for tokenizer, prompt in zip(tokenizers, (row.prompt, row.teacher_prompt or row.prompt)):
             asked = prompt_ids(tokenizer, prompt)
             # special tokens that are spelt out in an answer are plain text
-            answer = tokenizer(row.references[0], add_special_tokens=False, split_special_tokens=True,
-                               verbose=False)["input_ids"]
+            answer, _ = tokenize(
+                tokenizer, row.references[0], add_special_tokens=False, split_special_tokens=True)
             ids = asked + answer + [tokenizer.eos_token_id]
             sides.append(Example(ids[:max_length], len(asked)))
         if sides[0].start <= max_prompt and all(side.length > 0 for side in sides):
@@ -535,8 +553,8 @@ class Distiller(nn.Module):
         return loss, terms
 
 LOG_EVERY = 10  # steps whose means are one line of the log
-# settings that may differ when a run goes on: names of rows and models, whose contents count; those of the
-# evaluation, which is done anew; and what changes rounding, dropout masks and the draw of samples at most
+# settings that may change between a stop and a restart: names of rows and models, whose contents are
+# compared; those of the evaluation, which is done anew; what changes only rounding and random draws
 NO_IDENTITY = """out name eval_only student teacher teacher_ready teacher_epochs teacher_lr data micro_batch
     recompute save_every tests eval_seeds eval_limit eval_batch eval_temperature no_repeat_ngram""".split()
 
@@ -592,8 +610,8 @@ def check_free(folder, *names):
     check(not held, folder, held, "none of another run: remove it, or give another --out or --name")
 
 def open_state(folder, identity):  # identity: a dict
-    """The folder's state.pt, which alone says what the folder is and where its run is; a new folder gets
-    one. InputError, in every process: one of them cannot read it, or it is of another identity."""
+    """The folder's state.pt, which alone says which run the folder is of, and how far it is; a new folder
+    gets one. InputError, in every process: one of them cannot read it, or it is of another identity."""
     path = folder / "state.pt"
     if not path.exists():
         check_free(folder, "best", "eval.json")
@@ -628,22 +646,22 @@ def read_once(teacher, data, folder, device):
     examples, states, home = [pair.t for pair in data], {}, folder / "states.tmp"
     size = sum(example.length for example in examples) * teacher.head[0].nbytes
     say("the teacher's states take", size / 1e9, "GB of memory or disk")
-    # batches are decided by the rows alone: a restart gets the same numbers
+    # batches depend on the rows alone: a restart computes the same numbers
     plan = batches([example.ids for example in examples], 16)
     try:
-        for rows in bar(plan[rank::processes], "the teacher reads the rows"):
-            side = collate([examples[row] for row in rows], device)
+        for numbers in bar(plan[rank::processes], "the teacher reads the rows"):
+            side = collate([examples[row] for row in numbers], device)
             with autocast(device):
                 h = at_real(response_hidden(teacher.model, side), side).cpu()
             check(h.isfinite().all(), "the teacher's states", "one that is not finite", "numbers")
-            replace(home / f"{rows[0]}.pt", lambda fresh: torch.save(h, fresh), rank)
+            replace(home / f"{numbers[0]}.pt", lambda fresh: torch.save(h, fresh), rank)
         gather()
-        for rows in plan:
-            h = torch.load(home / f"{rows[0]}.pt", mmap=True)
-            states |= zip(rows, h.split([examples[row].length for row in rows]))
+        for numbers in plan:
+            h = torch.load(home / f"{numbers[0]}.pt", mmap=True)
+            states |= zip(numbers, h.split([examples[row].length for row in numbers]))
         gather()
     finally:
-        shutil.rmtree(home, ignore_errors=True)  # all have them open
+        shutil.rmtree(home, ignore_errors=True)  # mapped files stay readable
     teacher.model = None
     return [Pair(s, t._replace(hidden=states[row])) for row, (s, t) in enumerate(data)]
 
@@ -679,12 +697,12 @@ def set_up(args, rows, loaded, distiller):
         check(student.supports_gradient_checkpointing, "--recompute", type(student), "a model that can")
         student.activation_checkpointing_enable()
     # 2. rows
-    prompts_of(student, tokenizers[0], rows[:args.dev_rows], args)  # raises what `respond` would, but now
+    prompts_of(student, tokenizers[0], rows[:args.dev_rows], args)  # a prompt without room is told now
     kept = rows[args.dev_rows:]
     data = pairs(kept, tokenizers, args.max_prompt, args.max_length, model.annotate)
     say(len(data), "rows to train on,", len(kept) - len(data), "are too long")
     check(min(args.batch_size, len(data)) >= world()[1], "rows a step",
-          f"--batch-size {args.batch_size}, of {len(data)} rows", "at least one for each process")
+          f"--batch-size {args.batch_size}, of {len(data)} rows", "one a process, after --dev-rows, limits")
     # 3. identity: a run goes on only with equal rows, tokens, weights and settings
     identity = {name: value for name, value in vars(args).items() if name not in NO_IDENTITY}
     identity["rows"] = fingerprint([rows, data])
@@ -731,11 +749,14 @@ def train(args, rows, folder, loaded, distiller=Distiller):
             group["lr"] = 1e-7 + (group["peak"] - 1e-7) * cosine
         micro_batches = step_rows(data, batch_size, micro_batch, args.seed, step)
         shares.update(gradient(parallel, micro_batches, step, args, student.device))
+        if processes > 1:  # DistributedDataParallel would not exchange the other gradients either
+            idle = [name for name, x in model.named_parameters() if x.requires_grad and x.grad is None]
+            check(not idle, f"step {step}, in several processes", idle, "a gradient of every parameter")
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # DistributedDataParallel's buckets hold them
 
-        # means since the last line; with a number that is not finite the run ends, and saves nothing
+        # means since the last line; if one of them is not finite, the run ends and saves nothing
         epoch_ends = step % steps_per_epoch == 0 or step == total_steps
         saves = epoch_ends or step % args.save_every == 0
         if not saves and step % LOG_EVERY > 0:
@@ -808,7 +829,8 @@ def evaluate(args, source, model, tokenizer, tests, folder):
     seeds = args.eval_seeds if args.eval_temperature else args.eval_seeds[:1]  # else all are alike
     model.generation_config = decoding(model.generation_config.eos_token_id, tokenizer.eos_token_id,
                                        args.eval_temperature, args.no_repeat_ngram)
-    (folder / "eval.json").unlink(missing_ok=True)  # it is of predictions that are replaced now
+    (folder / "eval.json").unlink(missing_ok=True)  # it is of predictions that are made anew
+    shutil.rmtree(folder / "predictions", ignore_errors=True)
     means = {}  # of each set, one a seed
     for name, rows in tests.items():
         for seed in dict.fromkeys(seeds):  # each once
@@ -842,14 +864,14 @@ def build_parser(methods=("cma", "sft")):
     add = parser.add_argument_group("what to run").add_argument
     add("--method", choices=methods, default=methods[0], help="how to train; sft: without a teacher")
     add("--ga", action="store_true", help="add the adversary on keys and queries, eq. (14)")
-    add("--div", choices=DIVERGENCES, default="skl", help="f of KD^{t->s}; skl suits --ga, srkl no --ga")
+    add("--div", choices=DIVERGENCES, default="skl", help="f of KD^{t->s}; skl is best with --ga")
     add("--eval-only", metavar="MODEL", help="evaluate this folder or hub id, train nothing; with --name")
     add("--out", default="runs", help="folder of all runs; those in it share a fine-tuned teacher")
-    add("--name", help="a run is in NAME-SEED, by default METHOD[-ga]-DIV-SEED; an evaluation in NAME")
+    add("--name", help="a run is in NAME-SEED, by default METHOD[-ga]-DIV or sft; an evaluation in NAME")
     add = parser.add_argument_group("models and data: folders or hub ids").add_argument
     add("--student", default="openai-community/gpt2", help="the model to train")
-    add("--teacher", default="Qwen/Qwen1.5-1.8B", help="its states take 3.6 GB of memory or disk a node")
-    add("--teacher-ready", action="store_true", help="no fine-tuning of it (38 GB of GPU; the rest fits 24)")
+    add("--teacher", default="Qwen/Qwen1.5-1.8B", help="to learn from; its states take 3.6 GB a node")
+    add("--teacher-ready", action="store_true", help="take it as it is; its fine-tuning needs 38 GB of GPU")
     add("--teacher-epochs", type=float, default=10, help="length of its fine-tuning; fewer for many rows")
     add("--teacher-lr", type=float, default=2e-5, help="learning rate of that; higher for a small teacher")
     add("--data", default="MiniLLM/dolly", help="where raw.jsonl is: rows of instruction, input, output")
@@ -888,10 +910,11 @@ def check_settings(args):  # what argparse lets through
     for name, value in vars(args).items():
         for number in np.ravel(value).tolist():  # of a list, each
             if type(number) in (int, float):  # no text, no switch
-                usable = 0 <= number < 1e15 and (number or name in MAY_BE_ZERO)
+                usable = 1e-30 < number < 1e15 or number == 0 and name in MAY_BE_ZERO
                 check(usable, "--" + name.replace("_", "-"), number, "over 0, or 0 if that is sensible")
     check(args.skew < 1, "--skew", args.skew, "0 to below 1")
     check(any(args.weights), "--weights", args.weights, "one that is not 0")
+    check(args.no_repeat_ngram != 1, "--no-repeat-ngram", 1, "0, or 2 or more: padding would count")
     usable = re.fullmatch(r"\w[^/]*", args.name or "x") and (args.name or not args.eval_only)
     check(usable, "--name", args.name, "a folder's name, without a path; --eval-only needs one")
 
@@ -910,9 +933,10 @@ def experiment(args, device, distiller):
     loaded = [load_model(args.eval_only or args.student, device)]
     if taught:
         loaded.append(load_model(args.teacher, device, args.teacher_ready))
-    marks = sum([tokenizer.all_special_tokens for _, tokenizer in loaded], [])
+    marks = sum([stop_marks(*one) for one in loaded], ())
     for name, path in tests.items():
         tests[name] = read_rows(path, args.eval_limit, marks)
+        prompts_of(*loaded[0], tests[name], args)  # a prompt without room is told now
 
     # 2. a checkpoint
     if args.eval_only:
@@ -921,12 +945,12 @@ def experiment(args, device, distiller):
             check_free(folder, "state.pt", "best", "eval.json")
             return evaluate(args, args.eval_only, *loaded[0], tests, folder)
 
-    # 3. the teacher, one for all runs in --out: settings that are the student's alone have their defaults
+    # 3. the teacher, one for all runs in --out: what concerns the student alone is set to its default
     rows = read_rows(source, marks=marks)
     if taught and not args.teacher_ready:
         set_up(args, rows, loaded, distiller)  # raises what the student's training would, but now
-        shared = *NO_IDENTITY, "dev_rows", "max_prompt", "max_length", "max_new_tokens"
-        settings = {name: getattr(args, name) for name in shared}
+        also_its = *NO_IDENTITY, "dev_rows", "max_prompt", "max_length", "max_new_tokens"
+        settings = {name: getattr(args, name) for name in also_its}
         settings |= dict(method="sft", epochs=args.teacher_epochs, lr=args.teacher_lr)
         settings = build_parser().parse_args([], argparse.Namespace(**settings))
         teacher_rows = [row._replace(prompt=row.teacher_prompt or row.prompt) for row in rows]
@@ -945,7 +969,8 @@ def experiment(args, device, distiller):
 def main(argv=None, parser=None, distiller=Distiller):
     """Runs a command line; returns what eval.json holds. parser, distiller: those of another method."""
     args = (parser or build_parser()).parse_args(argv)
-    logging.disable_progress_bar()  # transformers' own
+    logging.disable_progress_bar()  # transformers' own, as its warnings: what matters is refused
+    logging.set_verbosity_error()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know all characters
     try:

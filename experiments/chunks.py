@@ -127,16 +127,17 @@ def read_run(folder):
     args = build_parser(METHODS).parse_args([], SimpleNamespace(**found))
     student, tokenizer = load_model(str(folder / "best"), "cpu")
     tokenizers, model, path = [tokenizer], None, folder / "best/projectors.pt"
+    marks = dskd_ga.stop_marks(student, tokenizer)
     weights = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     if "query.weight" in weights:
         teacher, tokenizer = load_model(args.teacher, "cpu")
         tokenizers.append(tokenizer)
+        marks += dskd_ga.stop_marks(teacher, tokenizer)
         known = SimpleNamespace(head=head_of(teacher), embeddings=teacher.get_input_embeddings())
         model = Chunks(student, known, args).eval()
         model.proj.load_state_dict(weights)
 
     # 2. at most 100 rows
-    marks = [tokenizer.eos_token for tokenizer in tokenizers]
     rows = dskd_ga.read_rows(dskd_ga.fetch(f"{args.data}/raw.jsonl"), min(args.dev_rows, 100), marks)
     pairs = dskd_ga.pairs(rows, tokenizers, args.max_prompt, args.max_length, model and annotate)
     check(pairs, folder, "no dev row within its limits", "at least one")
