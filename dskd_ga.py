@@ -338,7 +338,7 @@ def load_model(source, device, frozen=False):  # source: a folder or hub id; fro
         ids = torch.tensor([20 * [end] + 8 * [1, 2] + 9 * [end]], device=device)
         (hidden,), (longer,) = trunk(model, ids[:, 20:36]), trunk(model, ids[:, 20:])
         model.generation_config = decoding(sorted({end, *ends}), end)  # as evaluated; saved with `best`
-        mask = torch.arange(36, device=device) >= 20  # of ids before that, which are padding, nothing counts
+        mask = torch.arange(36, device=device) >= 20  # what is before it is padding
         generated = model.generate(ids[:, :36], attention_mask=mask[None].long(), max_new_tokens=1,
                                    output_logits=True, return_dict_in_generate=True)
         logits = head.weight @ hidden[-1]
@@ -864,7 +864,7 @@ def build_parser(methods=("cma", "sft")):
     add = parser.add_argument_group("what to run").add_argument
     add("--method", choices=methods, default=methods[0], help="how to train; sft: without a teacher")
     add("--ga", action="store_true", help="add the adversary on keys and queries, eq. (14)")
-    add("--div", choices=DIVERGENCES, default="skl", help="f of KD^{t->s}; skl is best with --ga")
+    add("--div", choices=DIVERGENCES, default="skl", help="f of KD^{t->s}; skl suits --ga, srkl no --ga")
     add("--eval-only", metavar="MODEL", help="evaluate this folder or hub id, train nothing; with --name")
     add("--out", default="runs", help="folder of all runs; those in it share a fine-tuned teacher")
     add("--name", help="a run is in NAME-SEED, by default METHOD[-ga]-DIV or sft; an evaluation in NAME")
