@@ -68,9 +68,6 @@ class Side(NamedTuple):
 def full_precision(x):  # half precision to float32; float64, as in tests, stays
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-def at_real(x, side):  # (B, n, ...) -> (N, ...), the real positions
-    return x[side.mask]
-
 def zero_padding(x, mask):  # (B, n, d), (B, n) -> (B, n, d), 0 on padding whatever was there, nan included
     return x.masked_fill(~mask.unsqueeze(2), 0)
 
@@ -178,16 +175,6 @@ def ga_loss(disc, q, k, s_mask, t_mask,  # D; (B, S, w), (B, T, w); (B, S), (B, 
     return loss_q + loss_k, terms
 
 # 5. Objective ===============================================================================================
-class WithGradients(torch.autograd.Function):  # a loss whose gradients by these tensors are known already
-    @staticmethod
-    def forward(ctx, loss, gradients, *tensors):
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, slope):
-        return None, None, *[x if x is None else x * slope for x in ctx.gradients]
-
 def sliced_loss(fn, sides, rows=(), max_logits=2 ** 24):
     """(loss, *terms), sums over N positions, with the logits of only a slice of these at a time: a fused
     linear loss, in torch. The gradient is formed while a slice's logits exist, so that no head product comes
@@ -207,7 +194,11 @@ def sliced_loss(fn, sides, rows=(), max_logits=2 ** 24):
         totals = totals + torch.stack([x.detach().double() for x in sums])
         del logits, sums  # before the next ones are made
     loss, *terms = totals.unbind()
-    return WithGradients.apply(loss, [x.grad for x in leaves], *hidden, *heads), *terms
+    linear = torch.zeros_like(loss)  # in hidden and heads, with the gradient that is known as its slope
+    for x, leaf in zip((*hidden, *heads), leaves):
+        if leaf.grad is not None:
+            linear = linear + torch.dot(x.flatten(), leaf.grad.flatten())
+    return loss + (linear - linear.detach()), *terms  # the loss's value, linear's gradient
 
 def dual_space_losses(
         proj, s, t,   # `Projectors(d_s, d_t)`; the `Side`s of student and teacher
@@ -258,10 +249,10 @@ def dual_space_losses(
     # the heads of eq. (7): W^s learns through p^s alone, from CE and KD^{t->s}; the others are constant
     W_t = W_t.detach()
     loss_s, ce, ce_t2s, kd_t2s, n_correct = sliced_loss(
-        student_space, [(at_real(h_s, s), W_s), (at_real(h_t2s, s), W_s.detach())],           # (7)
-        [at_real(s.targets, s), at_real(a_t2s.any(2), s)])
+        student_space, [(h_s[s.mask], W_s), (h_t2s[s.mask], W_s.detach())],           # (7)
+        [s.targets[s.mask], a_t2s.any(2)[s.mask]])
     loss_t, kd_s2t = sliced_loss(
-        teacher_space, [(at_real(h_t, t), W_t), (at_real(h_s2t, t), W_t)], [at_real(a_s2t.any(2), t)])
+        teacher_space, [(h_t[t.mask], W_t), (h_s2t[t.mask], W_t)], [a_s2t.any(2)[t.mask]])
     return dict(loss=loss_s + loss_t, ce=ce, ce_t2s=ce_t2s, kd_t2s=kd_t2s, kd_s2t=kd_s2t, n_correct=n_correct,
                 q=q, k=k, a_t2s=a_t2s.detach(), a_s2t=a_s2t.detach(),
                 h_t2s=h_t2s.detach(), h_s2t=h_s2t.detach())
@@ -274,21 +265,24 @@ def check(ok, where, found, expected):  # where: a flag, a model, or a file, its
     if not ok:
         raise InputError(f"{where}: found {str(found)[:300]}, expected {expected}")
 
-def world():  # (rank, number of processes)
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def rank():  # of this process
+    return dist.get_rank() if dist.is_initialized() else 0
+
+def processes():  # their number
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 def gather(x=None):  # what each process has, in a list; every one waits here for the last
-    found = [x] * world()[1]
+    found = [x] * processes()
     if dist.is_initialized():
         dist.all_gather_object(found, x)
     return found
 
 def say(*words):  # on rank 0, without breaking a progress bar
-    if world()[0] == 0:
+    if rank() == 0:
         tqdm.write(" ".join(map(str, words)))
 
 def bar(items, name):  # disable=None: no bar where there is no terminal
-    return tqdm(items, desc=name, leave=False, disable=world()[0] > 0 or None)
+    return tqdm(items, desc=name, leave=False, disable=rank() > 0 or None)
 
 def batches(sequences, size):  # lists of row numbers, `size` at a time, of like length
     order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
@@ -319,7 +313,7 @@ def decoding(ends, pad, temperature=1.0, no_repeat_ngram=0):  # ends: the ids th
 
 @torch.no_grad()
 def load_model(source, device, frozen=False):  # source: a folder or hub id; frozen: not to be trained
-    """A causal language model and its tokenizer. InputError says why, if one would fail or be wrong later."""
+    """A causal language model, with `tokenizer`. InputError says why, if one would fail or be wrong later."""
     try:
         dtype = torch.bfloat16 if frozen and has_bf16(device) else torch.float32
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -354,7 +348,8 @@ def load_model(source, device, frozen=False):  # source: a folder or hub id; fro
             states_that_later_tokens_change=not causal, padded_logits_other_than_head_times_trunk=not equal)
         for name, value in wrong.items():
             check(not value, name, value, "none")
-        return model, tokenizer
+        model.tokenizer = tokenizer
+        return model
     except Exception as error:
         raise InputError(f"{source}: {error!r}") from error
 
@@ -410,8 +405,8 @@ def clean(text, field):  # a text of a row, composed
     text.encode()  # fails on half a surrogate pair
     return unicodedata.normalize("NFC", text)  # NOT IN PAPER (departure 8)
 
-def stop_marks(model, tokenizer):  # the texts of the tokens that end a response
-    return tuple(filter(str.strip, map(tokenizer.decode, model.generation_config.eos_token_id)))
+def stop_marks(model):  # the texts of the tokens that end a response
+    return tuple(filter(str.strip, map(model.tokenizer.decode, model.generation_config.eos_token_id)))
 
 def without_marks(text, marks):  # at its end, and the white space before them
     while (end := text.rstrip()).endswith(marks):
@@ -512,15 +507,17 @@ class Distiller(nn.Module):
     annotate = align = None  # or methods: see `pairs` and `dual_space_losses`
     progress = 0.0           # the share of the training that is done, for schedules
 
-    def __init__(self, student, teacher, args):
+    def __init__(self, args, student, teacher=None):
         super().__init__()
         self.student, self.args = student, args
-        self.teacher = teacher  # a Namespace of model, embeddings, head, no module: not trained; or None
-        self.proj = self.disc = None
-        if teacher is not None and self.projectors is not None:
-            d_t = teacher.head.shape[1]
-            self.proj = self.projectors(head_of(student).shape[1], d_t)
-            self.disc = self.adversary(2 * d_t) if args.ga else None
+        self.teacher = self.proj = self.disc = None
+        if teacher is not None:
+            W_t = head_of(teacher).detach()
+            # what is left of it when it has read the rows; no module of this one, so not trained
+            self.teacher = argparse.Namespace(embeddings=teacher.get_input_embeddings(), head=W_t)
+            if self.projectors is not None:
+                self.proj = self.projectors(head_of(student).shape[1], W_t.shape[1])
+                self.disc = self.adversary(2 * W_t.shape[1]) if args.ga else None
         check(self.proj or not args.ga, "--ga", args.method, "a method with queries and keys")
 
     def distil(self, s, t, h_s, h_t, **options):  # options: of `dual_space_losses`, over the command line's
@@ -539,7 +536,7 @@ class Distiller(nn.Module):
         h_s = response_hidden(self.student, s)
         if t is None:  # sft
             ce = lambda z, target: [F.cross_entropy(z, target, reduction="sum")]
-            (loss,) = sliced_loss(ce, [(at_real(h_s, s), head_of(self.student))], [at_real(s.targets, s)])
+            (loss,) = sliced_loss(ce, [(h_s[s.mask], head_of(self.student))], [s.targets[s.mask]])
             out = dict(loss=loss, ce=loss.detach())
         else:
             out = self.distil(s, t, h_s, t.hidden)
@@ -561,29 +558,30 @@ NO_IDENTITY = """out name eval_only student teacher teacher_ready teacher_epochs
 def seed_torch(*numbers):  # by what is computed next: a restart draws the same numbers
     torch.manual_seed(np.random.SeedSequence(numbers).generate_state(1, np.uint64).item())
 
-def replace(path, save, rank=0):  # save(fresh) writes a file or folder; whole, it takes the path's place
-    if world()[0] == rank:
+def replace(path, save, content, writer=0):  # what save(content, path) writes takes, whole, the path's place
+    if rank() == writer:
         fresh = path.with_name(path.name + ".tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save(fresh)
+            save(content, fresh)
         except Exception as error:  # torch and safetensors have errors of their own for a full disk
             raise OSError(f"{path} cannot be written ({error})") from error
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(fresh, path)
 
+def write_text(text, path):
+    path.write_text(text)
+
 def write_json(path, content):
-    replace(path, lambda fresh: fresh.write_text(json.dumps(content, indent=1)))
+    replace(path, write_text, json.dumps(content, indent=1))
 
-def write_log(folder, state, *lines):  # adds the lines to the state's log, and writes it
-    state["log"] += lines
-    text = "\n".join(map(json.dumps, state["log"]))
-    replace(folder / "log.jsonl", lambda fresh: fresh.write_text(text))
+def write_log(folder, log):
+    replace(folder / "log.jsonl", write_text, "\n".join(map(json.dumps, log)))
 
-def save_best(model, tokenizer, folder):  # for transformers' `from_pretrained`; and the projectors
+def save_best(model, folder):  # for transformers' `from_pretrained`; and the projectors
     model.student.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.student.tokenizer.save_pretrained(folder)
     if model.proj is not None:
         torch.save(model.proj.state_dict(), folder / "projectors.pt")
 
@@ -592,7 +590,7 @@ def lock(folder):
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "w")
     try:
-        if world()[0] == 0:  # it holds it for all processes
+        if rank() == 0:  # it holds it for all processes
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         say("waits for another command that works in", folder)
@@ -616,7 +614,7 @@ def open_state(folder, identity):  # identity: a dict
     if not path.exists():
         check_free(folder, "best", "eval.json")
         new = dict(identity=identity, step=0, best_score=-1.0, log=[], model=None, optimizer=None)
-        replace(path, lambda fresh: torch.save(new, fresh))
+        replace(path, torch.save, new)
     gather()
     try:  # mmap: the processes of a node share the file's pages; testzip reads the checksums
         state = torch.load(path, "cpu", weights_only=True, mmap=True)
@@ -640,68 +638,61 @@ def optimizer_for(model, args):  # AdamW; biases and norms are not decayed
 
 @torch.no_grad()
 def read_once(teacher, data, folder, device):
-    """The `Pair`s with h^t at their response positions, read by teacher.model, which is then freed. Each
-    process reads a share of the batches into files, which all map into memory: a node keeps one copy."""
-    rank, processes = world()
+    """The `Pair`s with h^t at their response positions, as the teacher, a model, reads them. Each process
+    reads a share of the batches into files, which all map into memory: a node keeps one copy."""
     examples, states, home = [pair.t for pair in data], {}, folder / "states.tmp"
-    size = sum(example.length for example in examples) * teacher.head[0].nbytes
+    size = sum(example.length for example in examples) * head_of(teacher)[0].nbytes
     say("the teacher's states take", size / 1e9, "GB of memory or disk")
     # batches depend on the rows alone: a restart computes the same numbers
     plan = batches([example.ids for example in examples], 16)
     try:
-        for numbers in bar(plan[rank::processes], "the teacher reads the rows"):
+        for numbers in bar(plan[rank()::processes()], "the teacher reads the rows"):
             side = collate([examples[row] for row in numbers], device)
             with autocast(device):
-                h = at_real(response_hidden(teacher.model, side), side).cpu()
+                h = response_hidden(teacher, side)[side.mask].cpu()
             check(h.isfinite().all(), "the teacher's states", "one that is not finite", "numbers")
-            replace(home / f"{numbers[0]}.pt", lambda fresh: torch.save(h, fresh), rank)
+            part = dict(zip(numbers, h.split([examples[row].length for row in numbers])))
+            replace(home / f"{numbers[0]}.pt", torch.save, part, rank())
         gather()
         for numbers in plan:
-            h = torch.load(home / f"{numbers[0]}.pt", mmap=True)
-            states |= zip(numbers, h.split([examples[row].length for row in numbers]))
+            states |= torch.load(home / f"{numbers[0]}.pt", mmap=True)
         gather()
     finally:
         shutil.rmtree(home, ignore_errors=True)  # mapped files stay readable
-    teacher.model = None
     return [Pair(s, t._replace(hidden=states[row])) for row, (s, t) in enumerate(data)]
 
 def gradient(model, micro_batches, step, args, device):  # lists of `Pair`s, of all processes
     """Leaves a step's gradient in the parameters; returns this process's share of the log's means."""
-    rank, processes = world()
     rows = sum(micro_batches, [])  # of all processes: how they are cut changes dropout and rounding alone
     n_s = sum(pair.s.length for pair in rows)
     n_t = sum(pair.t.length for pair in rows if pair.t)
     shares = Counter()
-    for m in range(rank, len(micro_batches), processes):
+    for m in range(rank(), len(micro_batches), processes()):
         s, t = [collate(side, device) if side[0] else None for side in zip(*micro_batches[m])]
         seed_torch(args.seed, step, m)
         # DistributedDataParallel exchanges gradients once a step, in a process's last backward pass
-        model.require_backward_grad_sync = m + processes >= len(micro_batches)
+        model.require_backward_grad_sync = m + processes() >= len(micro_batches)
         with autocast(device):
             loss, terms = model(s, t, n_s, n_t)
-        (loss * processes).backward()  # the exchange takes the mean over processes
+        (loss * processes()).backward()  # the exchange takes the mean over processes
         shares.update(terms, loss=loss.detach(), tokens=s.mask.sum())  # Counter.update adds
     return shares
 
-def set_up(args, rows, loaded, distiller):
+def set_up(args, rows, models, distiller):  # models: the student and, but for sft, the teacher
     """What is trained, its `Pair`s, the run's identity. InputError: rows cannot be read, or are too few."""
     # 1. models
-    models, tokenizers = zip(*loaded)
-    student, teacher = models[0], None
-    if len(models) > 1:
-        E_t, W_t = models[1].get_input_embeddings(), head_of(models[1]).detach()
-        teacher = argparse.Namespace(model=models[1], embeddings=E_t, head=W_t)
+    student, tokenizers = models[0], [model.tokenizer for model in models]
     seed_torch(args.seed)
-    model = distiller(student, teacher, args).to(student.device)
+    model = distiller(args, *models).to(student.device)
     if args.recompute:
         check(student.supports_gradient_checkpointing, "--recompute", type(student), "a model that can")
         student.activation_checkpointing_enable()
     # 2. rows
-    prompts_of(student, tokenizers[0], rows[:args.dev_rows], args)  # a prompt without room is told now
+    prompts_of(student, rows[:args.dev_rows], args)  # a prompt without room is told now
     kept = rows[args.dev_rows:]
     data = pairs(kept, tokenizers, args.max_prompt, args.max_length, model.annotate)
     say(len(data), "rows to train on,", len(kept) - len(data), "are too long")
-    check(min(args.batch_size, len(data)) >= world()[1], "rows a step",
+    check(min(args.batch_size, len(data)) >= processes(), "rows a step",
           f"--batch-size {args.batch_size}, of {len(data)} rows", "one a process, after --dev-rows, limits")
     # 3. identity: a run goes on only with equal rows, tokens, weights and settings
     identity = {name: value for name, value in vars(args).items() if name not in NO_IDENTITY}
@@ -713,14 +704,12 @@ def set_up(args, rows, loaded, distiller):
         identity[name] = fingerprint(settings, reader.state_dict().values())
     return model, data, identity
 
-def train(args, rows, folder, loaded, distiller=Distiller):
+def train(args, rows, folder, models, distiller=Distiller):
     """Trains in the folder, from its state.pt on; returns the folder of the best checkpoint. rows: `Row`s,
-    the first --dev-rows to choose it by; loaded: student, tokenizer and, but for sft, the teacher's pair."""
+    the first --dev-rows to choose it by; models: the student and, but for sft, the teacher."""
     # 1. what is trained, and from where on
-    model, data, identity = set_up(args, rows, loaded, distiller)
-    del loaded[1:]  # so that `read_once` can free the teacher's model
-    (student, tokenizer), processes = loaded[0], world()[1]
-    optimizer, best = optimizer_for(model, args), folder / "best"
+    model, data, identity = set_up(args, rows, models, distiller)
+    student, optimizer, best = models[0], optimizer_for(model, args), folder / "best"
     state = open_state(folder, identity)
     if state["optimizer"]:  # neither at the start nor when all steps are done
         model.load_state_dict(state["model"])
@@ -728,16 +717,16 @@ def train(args, rows, folder, loaded, distiller=Distiller):
     batch_size = min(args.batch_size, len(data))
     steps_per_epoch = len(data) // batch_size
     total_steps = max(1, round(args.epochs * steps_per_epoch))
-    micro_batch = min(args.micro_batch, batch_size // processes)  # each process gets one
+    micro_batch = min(args.micro_batch, batch_size // processes())  # each process gets one
     say(folder, "- steps:", total_steps, "done:", state["step"], "rows at a time:", micro_batch,
         "the student's parameters:", student.num_parameters(only_trainable=True))
-    write_log(folder, state)  # this and args.json are for people: state.pt has what they say
+    write_log(folder, state["log"])  # this and args.json are for people: state.pt has what they say
     write_json(folder / "args.json", dict(identity=identity, command=sys.argv, args=vars(args)))
 
     # 2. the teacher reads each row once; from then on only its embeddings and head are needed
     if model.teacher and state["step"] < total_steps:
-        data = read_once(model.teacher, data, folder, student.device)
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes > 1 else model
+        data = read_once(models.pop(), data, folder, student.device)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes() > 1 else model
 
     # 3. steps
     shares, last, since = Counter(), state["step"], time.perf_counter()  # since the last line of the log
@@ -749,7 +738,7 @@ def train(args, rows, folder, loaded, distiller=Distiller):
             group["lr"] = 1e-7 + (group["peak"] - 1e-7) * cosine
         micro_batches = step_rows(data, batch_size, micro_batch, args.seed, step)
         shares.update(gradient(parallel, micro_batches, step, args, student.device))
-        if processes > 1:  # DistributedDataParallel would not exchange the other gradients either
+        if processes() > 1:  # DistributedDataParallel would not exchange the other gradients either
             idle = [name for name, x in model.named_parameters() if x.requires_grad and x.grad is None]
             check(not idle, f"step {step}, in several processes", idle, "a gradient of every parameter")
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
@@ -773,19 +762,20 @@ def train(args, rows, folder, loaded, distiller=Distiller):
         # keep the student with the best ROUGE-L on the dev rows, the later of equals
         if epoch_ends:
             seeds = range(args.seed, args.seed + args.dev_samplings)
-            scores = [respond(student, tokenizer, rows[:args.dev_rows], seed, args)[1] for seed in seeds]
+            scores = [respond(student, rows[:args.dev_rows], seed, args)[1] for seed in seeds]
             score = line["dev_rougeL"] = np.mean(scores).item()
             if score >= state["best_score"] or not best.exists():
                 state["best_score"] = score
-                replace(best, lambda fresh: save_best(model, tokenizer, fresh))
+                replace(best, save_best, model)
 
         # tell, and save what the next step depends on; after the last one, no optimiser
         say(*[f"{name} {value:.3g}" for name, value in line.items()])
-        write_log(folder, state, line)
+        state["log"].append(line)
+        write_log(folder, state["log"])
         if saves:
             moments = optimizer.state_dict() if step < total_steps else None
             state |= dict(step=step, model=model.state_dict(), optimizer=moments)
-            replace(folder / "state.pt", lambda fresh: torch.save(state, fresh))
+            replace(folder / "state.pt", torch.save, state)
         shares, last, since = Counter(), step, time.perf_counter()
     gather()  # the first process may still be writing
     return best
@@ -797,19 +787,18 @@ def rouge_l(predictions, references):
     return [100 * scorer.score_multi(texts, prediction)["rougeL"].fmeasure
             for prediction, texts in zip(predictions, references, strict=True)]
 
-def prompts_of(model, tokenizer, rows, args):  # as ids; InputError: no room for prompt and response
+def prompts_of(model, rows, args):  # as ids; InputError: no room for prompt and response
     # NOT IN PAPER: a long prompt keeps its end (departure 7)
-    prompts = [prompt_ids(tokenizer, row.prompt, args.max_prompt) for row in rows]
+    prompts = [prompt_ids(model.tokenizer, row.prompt, args.max_prompt) for row in rows]
     check_readable(model, prompts, "--max-prompt or --max-new-tokens", args.max_new_tokens)
     return prompts
 
 @torch.no_grad()
-def respond(model, tokenizer, rows, seed, args):
+def respond(model, rows, seed, args):
     """A response to each row, and its ROUGE-L. Batches and seeds do not depend on the processes."""
     model.eval()
-    prompts, end, found = prompts_of(model, tokenizer, rows, args), tokenizer.eos_token_id, []
-    rank, processes = world()
-    for batch in bar(batches(prompts, args.eval_batch)[rank::processes], "responses"):
+    prompts, end, found = prompts_of(model, rows, args), model.tokenizer.eos_token_id, []
+    for batch in bar(batches(prompts, args.eval_batch)[rank()::processes()], "responses"):
         asked = padded([prompts[row] for row in batch], model.device, -1, "left")
         seed_torch(seed, batch[0])
         with autocast(model.device):  # the rest is in the generation_config, see `decoding`
@@ -818,23 +807,23 @@ def respond(model, tokenizer, rows, seed, args):
         new = whole[:, asked.shape[1]:]
         for stop in model.generation_config.eos_token_id:  # which is no text
             new = new.where(new != stop, end)
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)
         found += zip(batch, texts, rouge_l(texts, [rows[row].references for row in batch]))
     _, texts, scores = zip(*sorted(sum(gather(found), [])))  # in the order of rows
     say("for example:", rows[0].prompt[-300:], texts[0])
     return texts, scores
 
-def evaluate(args, source, model, tokenizer, tests, folder):
+def evaluate(args, source, model, tests, folder):
     """Samples and scores each test set once a seed; writes predictions/ and eval.json into the folder."""
     seeds = args.eval_seeds if args.eval_temperature else args.eval_seeds[:1]  # else all are alike
-    model.generation_config = decoding(model.generation_config.eos_token_id, tokenizer.eos_token_id,
+    model.generation_config = decoding(model.generation_config.eos_token_id, model.tokenizer.eos_token_id,
                                        args.eval_temperature, args.no_repeat_ngram)
     (folder / "eval.json").unlink(missing_ok=True)  # it is of predictions that are made anew
     shutil.rmtree(folder / "predictions", ignore_errors=True)
     means = {}  # of each set, one a seed
     for name, rows in tests.items():
         for seed in dict.fromkeys(seeds):  # each once
-            texts, scores = respond(model, tokenizer, rows, seed, args)
+            texts, scores = respond(model, rows, seed, args)
             means.setdefault(name, []).append(np.mean(scores).item())
             predictions = dict(rows=rows, texts=texts, rougeL=scores)
             write_json(folder / f"predictions/{name}-{seed}.json", predictions)
@@ -930,25 +919,25 @@ def experiment(args, device, distiller):
         tests[name] = fetch(source)
     if not args.eval_only:
         source = fetch(f"{args.data}/raw.jsonl")
-    loaded = [load_model(args.eval_only or args.student, device)]
+    models = [load_model(args.eval_only or args.student, device)]
     if taught:
-        loaded.append(load_model(args.teacher, device, args.teacher_ready))
-    marks = sum([stop_marks(*one) for one in loaded], ())
+        models.append(load_model(args.teacher, device, args.teacher_ready))
+    marks = sum(map(stop_marks, models), ())
     for name, path in tests.items():
         tests[name] = read_rows(path, args.eval_limit, marks)
-        prompts_of(*loaded[0], tests[name], args)  # a prompt without room is told now
+        prompts_of(models[0], tests[name], args)  # a prompt without room is told now
 
     # 2. a checkpoint
     if args.eval_only:
         folder = out / args.name
         with lock(folder):
             check_free(folder, "state.pt", "best", "eval.json")
-            return evaluate(args, args.eval_only, *loaded[0], tests, folder)
+            return evaluate(args, args.eval_only, models[0], tests, folder)
 
     # 3. the teacher, one for all runs in --out: what concerns the student alone is set to its default
     rows = read_rows(source, marks=marks)
     if taught and not args.teacher_ready:
-        set_up(args, rows, loaded, distiller)  # raises what the student's training would, but now
+        set_up(args, rows, models, distiller)  # raises what the student's training would, but now
         also_its = *NO_IDENTITY, "dev_rows", "max_prompt", "max_length", "max_new_tokens"
         settings = {name: getattr(args, name) for name in also_its}
         settings |= dict(method="sft", epochs=args.teacher_epochs, lr=args.teacher_lr)
@@ -956,15 +945,15 @@ def experiment(args, device, distiller):
         teacher_rows = [row._replace(prompt=row.teacher_prompt or row.prompt) for row in rows]
         folder = out / f"{Path(args.teacher).resolve().name}-tuned"
         with lock(folder):
-            args.teacher = str(train(settings, teacher_rows, folder, loaded[1:]))
-        loaded[1] = load_model(args.teacher, device, frozen=True)
+            args.teacher = str(train(settings, teacher_rows, folder, models[1:]))
+        models[1] = load_model(args.teacher, device, frozen=True)
 
     # 4. the student
     name = args.method + "-ga" * args.ga + f"-{args.div}" * taught
     folder = out / f"{args.name or name}-{args.seed}"
     with lock(folder):
-        best = train(args, rows, folder, loaded, distiller)
-        return evaluate(args, best, *load_model(best, device), tests, folder)
+        best = train(args, rows, folder, models, distiller)
+        return evaluate(args, best, load_model(best, device), tests, folder)
 
 def main(argv=None, parser=None, distiller=Distiller):
     """Runs a command line; returns what eval.json holds. parser, distiller: those of another method."""

@@ -441,7 +441,7 @@ def write_model(folder, config):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trunk_and_head_give_the_models_own_logits(family, tmp_path):
-    model, _ = load_model(write_model(tmp_path, FAMILIES[family]()), CPU)
+    model = load_model(write_model(tmp_path, FAMILIES[family]()), CPU)
     examples = [Example([*range(12)], 5), Example([*range(99, 106)], 1), Example([*range(50, 70)], 18)]
     side = dskd_ga.collate(examples, CPU)
     logits = dskd_ga.response_hidden(model, side) @ dskd_ga.head_of(model).T
@@ -504,19 +504,19 @@ def test_of_a_models_settings_of_generation_only_its_stop_tokens_count(file, tmp
     (tmp_path / "model/generation_config.json").unlink()
     for settings in (own, own | ODD):
         write_lines(path, json.dumps(settings))
-        load_model(source, CPU)[0].save_pretrained(tmp_path / "saved")
+        load_model(source, CPU).save_pretrained(tmp_path / "saved")
         saved = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
         torch.manual_seed(0)
         found.append(saved.generate(torch.tensor([[9, 6, 7]]), max_length=20).tolist())
     assert found[0] == found[1] and saved.generation_config.top_k == 0
-    assert dskd_ga.stop_marks(*load_model(source, CPU)) == ("<|endoftext|>", PLAIN.decode(5), "<turn>")
+    assert dskd_ga.stop_marks(load_model(source, CPU)) == ("<|endoftext|>", PLAIN.decode(5), "<turn>")
     saved.transformer.ln_f.weight.data.zero_()
     for stop in (0, 5, 257):
         saved.transformer.ln_f.bias.data = 99 * saved.lm_head.weight.data[stop]  # it says nothing else now
         assert saved.generate(torch.tensor([[9]]), max_new_tokens=3).tolist() == [[9, stop]]
 
 def test_rows_that_a_model_cannot_read_are_refused(tmp_path):
-    model, _ = load_model(write_model(tmp_path, FAMILIES["mpt"]()), CPU)  # its limit is max_seq_len
+    model = load_model(write_model(tmp_path, FAMILIES["mpt"]()), CPU)  # its limit is max_seq_len
     rows = [[1] * 9, [1] * 60]
     dskd_ga.check_readable(model, rows, "--max-length", 4)
     with pytest.raises(InputError, match=f"^{tmp_path}: .*65 tokens.* 64 positions.* lower --max-length"):
@@ -547,26 +547,24 @@ def test_memory_is_what_the_readme_says():
 
 # ---- the model that is trained
 def distiller(case, *flags):
-    """`Distiller` of the demo's models, in float64, without dropout; and the `Pair`s of 20 of its rows."""
+    """`Distiller` of the demo's models, in float64, without dropout; the `Pair`s of 20 of its rows; the
+    teacher."""
     args = dskd_ga.build_parser().parse_args(flags)
-    student, s_tokenizer = load_model(case / "student", CPU)
-    teacher, t_tokenizer = load_model(case / "teacher", CPU)
-    teacher = teacher.double().requires_grad_(False)
-    parts = types.SimpleNamespace(
-        embeddings=teacher.get_input_embeddings(), head=dskd_ga.head_of(teacher), model=teacher)
-    rows = pairs(read_rows(case / "raw.jsonl", 20), [s_tokenizer, t_tokenizer])
-    return dskd_ga.Distiller(student, parts, args).double().eval(), rows
+    student, teacher = load_model(case / "student", CPU), load_model(case / "teacher", CPU).double()
+    rows = pairs(read_rows(case / "raw.jsonl", 20), [student.tokenizer, teacher.tokenizer])
+    return dskd_ga.Distiller(args, student, teacher).double().eval(), rows, teacher
 
 def sides(data):
     return [dskd_ga.collate(side, CPU) for side in zip(*data)]
 
 def test_padding_and_the_cut_into_micro_batches_change_nothing(case, tmp_path):
-    model, rows = distiller(case, "--ga", "--kq-weight=0.7", "--all-positions", "--div=jsd", "--s2t-div=srkl",
-                            "--skew=0.2", "--temperature=3", "--weights", "1", "2", "3", "4")
-    student, teacher, trunk = model.student, model.teacher, model.teacher.model.model
+    model, rows, teacher = distiller(
+        case, "--ga", "--kq-weight=0.7", "--all-positions", "--div=jsd", "--s2t-div=srkl", "--skew=0.2",
+        "--temperature=3", "--weights", "1", "2", "3", "4")
+    student, W_t = model.student, model.teacher.head
     data = dskd_ga.read_once(teacher, rows, tmp_path, CPU)
     for row, pair in zip(rows, data, strict=True):
-        alone = trunk(input_ids=torch.tensor([row.t.ids])).last_hidden_state[0]
+        alone = teacher.model(input_ids=torch.tensor([row.t.ids])).last_hidden_state[0]
         same(pair.t.hidden, alone[row.t.start - 1:-1])
     results = []
     for size in (6, 2, 1):
@@ -582,7 +580,7 @@ def test_padding_and_the_cut_into_micro_batches_change_nothing(case, tmp_path):
     # eq. (16) of the last one, and plain fine-tuning on it
     out = dual_space_losses(
         model.proj, s, t, dskd_ga.response_hidden(student, s), t.hidden, student.get_input_embeddings(),
-        teacher.embeddings, dskd_ga.head_of(student), teacher.head, all_positions=True, div="jsd",
+        teacher.get_input_embeddings(), dskd_ga.head_of(student), W_t, all_positions=True, div="jsd",
         s2t_div="srkl", skew=0.2, temperature=3, weights=(1, 2, 3, 4))
     kq, kq_terms = ga_loss(model.disc, out["q"], out["k"], s.mask, t.mask, 50, 60)
     same(loss, out["loss"] / 50 + 0.7 * kq)
@@ -595,7 +593,7 @@ def test_padding_and_the_cut_into_micro_batches_change_nothing(case, tmp_path):
     same_with_gradients(model(s, None, 50, 0)[0], expected, list(student.parameters()))
 
 def test_every_parameter_is_in_one_group_and_moves(case):
-    model, data = distiller(case, "--ga", "--lr=0.02", "--lr-projectors=0.03")
+    model, data, teacher = distiller(case, "--ga", "--lr=0.02", "--lr-projectors=0.03")
     optimizer, where = dskd_ga.optimizer_for(model, model.args), {}
     for group in optimizer.param_groups:
         group["lr"] = group["peak"]
@@ -603,7 +601,7 @@ def test_every_parameter_is_in_one_group_and_moves(case):
             assert where.setdefault(parameter, group) is group
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     s, t = sides(data[:4])
-    t = t._replace(hidden=dskd_ga.response_hidden(model.teacher.model, t))
+    t = t._replace(hidden=dskd_ga.response_hidden(teacher, t).detach())
     model(s, t, 50, 60)[0].backward()
     optimizer.step()
     for name, parameter in model.named_parameters():
@@ -982,7 +980,7 @@ def test_without_sampling_it_says_what_transformers_finds(small, tmp_path):
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # numpy's
 def test_means_over_sets_by_hand(small, tmp_path, monkeypatch, capsys):
-    def number_of_rows(model, tokenizer, rows, *_):
+    def number_of_rows(model, rows, *_):
         settings = model.generation_config
         assert (settings.do_sample, settings.temperature, settings.no_repeat_ngram_size) == (True, 0.5, 6)
         return [""] * len(rows), [len(rows)] * len(rows)
@@ -1252,7 +1250,7 @@ def test_each_parameter_needs_a_gradient_in_several_processes(small, tmp_path):
         assert child.wait() == 2 and "found ['disc.highway.weight', " in child.errors
 
 def test_each_process_needs_a_row_of_every_step(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dskd_ga, "world", lambda: (0, 9))
+    monkeypatch.setattr(dskd_ga, "processes", lambda: 9)
     said = "rows a step: found --batch-size 8, of 32 rows, expected"
     assert said in refused(capsys, flags(small, tmp_path))
 

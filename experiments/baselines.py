@@ -25,7 +25,7 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import dskd_ga
-from dskd_ga import at_real, check, divergence, full_precision, head_of, sliced_loss, zero_padding
+from dskd_ga import check, divergence, full_precision, head_of, sliced_loss, zero_padding
 
 # A worked example ===========================================================================================
 class OptimalTransport(dskd_ga.Distiller):
@@ -61,14 +61,14 @@ class LogitDistiller(dskd_ga.Distiller):
     def distil(self, s, t, h_s, h_t):
         index = s.chunk.clamp(min=0).unsqueeze(2)
         h_partner = h_t.detach().take_along_dim(index, 1)  # (B, S, d_t)
-        sides = (at_real(h_s, s), head_of(self.student)), (at_real(h_partner, s), self.teacher.head.detach())
+        sides = (h_s[s.mask], head_of(self.student)), (h_partner[s.mask], self.teacher.head)
         w_ce, _, w_kd, _ = self.args.weights
 
         def losses(z_s, z_t, target, matched):
             ce = F.cross_entropy(z_s, target, reduction="sum")
             kd = self.compare(z_s, z_t, target, matched).sum()
             return w_ce * ce + w_kd * kd, ce, kd
-        rows = at_real(s.targets, s), at_real(s.chunk >= 0, s)
+        rows = s.targets[s.mask], (s.chunk >= 0)[s.mask]
         loss, ce, kd = sliced_loss(losses, sides, rows)
         return dict(loss=loss, ce=ce, kd=kd)
 
@@ -96,15 +96,15 @@ class DSKD(dskd_ga.Distiller):
     the other. V^{t->s} holds no embedding of the gold token, so KD^{t->s} counts at every position."""
     projectors = None  # but its own, without P_Q
     annotate = staticmethod(same_tokens)
-    def __init__(self, student, teacher, args):
-        super().__init__(student, teacher, args)
-        d_s, d_t = head_of(student).shape[1], teacher.head.shape[1]
+    def __init__(self, args, student, teacher=None):
+        super().__init__(args, student, teacher)
+        d_s, d_t = head_of(student).shape[1], self.teacher.head.shape[1]
         self.proj = nn.ModuleDict(dict(t2s=nn.Linear(d_t, d_s), s2t=nn.Linear(d_s, d_t)))
 
     def distil(self, s, t, h_s, h_t):
-        h_s, h_t = at_real(h_s, s), at_real(h_t.detach(), t)   # (N, d_s), (N, d_t), of the same N tokens
+        h_s, h_t = h_s[s.mask], h_t.detach()[t.mask]   # (N, d_s), (N, d_t), of the same N tokens
         h_t2s, h_s2t = self.proj.t2s(h_t), self.proj.s2t(h_s)  # in place of eqs. (1)-(6)
-        W_s, W_t = head_of(self.student), self.teacher.head.detach()
+        W_s, W_t = head_of(self.student), self.teacher.head
         w_ce, w_ce_t2s, w_kd_t2s, w_kd_s2t = self.args.weights
         smoothing = self.args.temperature, self.args.skew
         def student_space(z_s, z_t2s, target):  # logits (n, V_s)
@@ -117,7 +117,7 @@ class DSKD(dskd_ga.Distiller):
             kd_s2t = divergence(self.args.s2t_div, z_t, z_s2t, *smoothing).sum()              # (8)
             return w_kd_s2t * kd_s2t, kd_s2t                                                  # (9)
         sides = [(h_s, W_s), (h_t2s, W_s.detach())]
-        loss_s, ce, ce_t2s, kd_t2s = sliced_loss(student_space, sides, [at_real(s.targets, s)])
+        loss_s, ce, ce_t2s, kd_t2s = sliced_loss(student_space, sides, [s.targets[s.mask]])
         loss_t, kd_s2t = sliced_loss(teacher_space, [(h_t, W_t), (h_s2t, W_t)])
         return dict(loss=loss_s + loss_t, ce=ce, ce_t2s=ce_t2s, kd_t2s=kd_t2s, kd_s2t=kd_s2t)
 

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import dskd_ga
 from dskd_ga import (
-    at_real, check, collate, cross_model_attention, head_of, load_model, response_hidden, std_normalise)
+    check, collate, cross_model_attention, head_of, load_model, response_hidden, std_normalise)
 
 METHODS = ("clp", "cla")
 
@@ -65,8 +65,8 @@ def align(method, q, k, s, t):
 
 class Chunks(dskd_ga.Distiller):  # CLP, CLA, or CMA with chunk numbers
     annotate = staticmethod(annotate)
-    def __init__(self, student, teacher, args):
-        super().__init__(student, teacher, args)
+    def __init__(self, args, student, teacher=None):
+        super().__init__(args, student, teacher)
         if args.method == "clp":
             self.proj.query.requires_grad_(False)  # uniform weights ask nothing
 
@@ -79,7 +79,7 @@ class Chunks(dskd_ga.Distiller):  # CLP, CLA, or CMA with chunk numbers
     def distil(self, s, t, h_s, h_t):
         out = super().distil(s, t, h_s, h_t)
         q, a = self.queries(out["q"], s), out["a_t2s"]
-        real_q, real_k = at_real(q.detach(), s), at_real(out["k"], t)
+        real_q, real_k = q.detach()[s.mask], out["k"][t.mask]
         gap = torch.dist(real_q.mean(0), real_k.mean(0))
         return out | dict(
             q=q,
@@ -125,19 +125,17 @@ def read_run(folder):
     # 1. models; settings that an older run did not have get their defaults
     found = json.loads((folder / "eval.json").read_text())["args"]  # OSError: it is not finished
     args = build_parser(METHODS).parse_args([], SimpleNamespace(**found))
-    student, tokenizer = load_model(str(folder / "best"), "cpu")
-    tokenizers, model, path = [tokenizer], None, folder / "best/projectors.pt"
-    marks = dskd_ga.stop_marks(student, tokenizer)
+    models, model = [load_model(str(folder / "best"), "cpu")], None
+    path = folder / "best/projectors.pt"
     weights = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     if "query.weight" in weights:
-        teacher, tokenizer = load_model(args.teacher, "cpu")
-        tokenizers.append(tokenizer)
-        marks += dskd_ga.stop_marks(teacher, tokenizer)
-        known = SimpleNamespace(head=head_of(teacher), embeddings=teacher.get_input_embeddings())
-        model = Chunks(student, known, args).eval()
+        models.append(load_model(args.teacher, "cpu"))
+        model = Chunks(args, *models).eval()
         model.proj.load_state_dict(weights)
 
     # 2. at most 100 rows
+    marks = sum(map(dskd_ga.stop_marks, models), ())
+    tokenizers = [one.tokenizer for one in models]
     rows = dskd_ga.read_rows(dskd_ga.fetch(f"{args.data}/raw.jsonl"), min(args.dev_rows, 100), marks)
     pairs = dskd_ga.pairs(rows, tokenizers, args.max_prompt, args.max_length, model and annotate)
     check(pairs, folder, "no dev row within its limits", "at least one")
@@ -146,11 +144,11 @@ def read_run(folder):
     tables, alignment = [], []
     for pair in pairs:
         s = collate([pair.s], "cpu")
-        h_s = response_hidden(student, s)
-        tables.append(predictions(h_s[0] @ head_of(student).mT, s.targets[0]))
+        h_s = response_hidden(models[0], s)
+        tables.append(predictions(h_s[0] @ head_of(models[0]).mT, s.targets[0]))
         if model:
             t = collate([pair.t], "cpu")
-            out = model.distil(s, t, h_s, response_hidden(teacher, t))
+            out = model.distil(s, t, h_s, response_hidden(models[1], t))
             q, k, a = [out[name][0] for name in ("q", "k", "a_t2s")]
             alignment.append((q, k, a, same_chunk(s, t)[0]))
     numbers = dict(zip(("ce_s", "entropy_s", "correct_s"), torch.cat(tables).mean(0).tolist()))
