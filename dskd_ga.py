@@ -17,8 +17,7 @@ Departures from the paper, each marked NOT IN PAPER where it happens
   2. KD^{s->t} is forward KL whatever --div is, as in the authors' code; --s2t-div changes it.
   3. Eq. (8) prints f(p^s || q^{t->s}). As in the authors' code, what is learnt from is f's first argument.
   4. N_std is over each sequence's own real positions: a loss depends on neither padding nor batch.
-  5. D is trained, as eq. (14) says, at the projectors' rate; L_KQ has means over real positions. The
-     authors' D stays at random.
+  5. D is trained, as eq. (14) says, L_KQ is a mean over real positions. The authors' D stays at random.
   6. A step's rows are sorted by length into micro-batches; an epoch's last, incomplete step is left out.
   7. Prompts get the special tokens that their tokenizer puts in front. Evaluation keeps the end of long ones.
   8. Texts are brought to Unicode's composed form (NFC), so that both tokenizers read the same characters.
@@ -40,15 +39,15 @@ Glossary: B sequences; S and T student and teacher response positions; V_s and V
 """
 import argparse, datetime, fcntl, hashlib, json, math, os, re, shutil, sys, time, unicodedata, zipfile
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from rouge_score import rouge_scorer
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
@@ -74,7 +73,7 @@ def zero_padding(x, mask):  # (B, n, d), (B, n) -> (B, n, d), 0 on padding whate
 def embed(E, side):  # E: a table (V, d), or a module -> embeddings of inputs and targets, (B, n, d) each
     look_up = E.__getitem__ if torch.is_tensor(E) else E
     with torch.no_grad():  # constants; ids under padding may be anything: they become valid ones
-        return look_up(side.inputs.where(side.mask, 0)), look_up(side.targets.where(side.mask, 0))
+        return [look_up(ids.where(side.mask, 0)) for ids in (side.inputs, side.targets)]
 
 # 2. Divergences f(p || q): q learns from p ==================================================================
 DIVERGENCES = ("kl", "rkl", "jsd", "skl", "srkl", "akl")  # skl, srkl: DistiLLM; akl: Wu et al. 2025
@@ -176,9 +175,9 @@ def ga_loss(disc, q, k, s_mask, t_mask,  # D; (B, S, w), (B, T, w); (B, S), (B, 
 
 # 5. Objective ===============================================================================================
 def sliced_loss(fn, sides, rows=(), max_logits=2 ** 24):
-    """(loss, *terms), sums over N positions, with the logits of only a slice of these at a time: a fused
-    linear loss, in torch. The gradient is formed while a slice's logits exist, so that no head product comes
-    twice; the backward pass only scales it. fn: (logits_1, ..., logits_J, *rows) -> (loss, *terms), sums over
+    """(loss, *terms), sums over N positions, whose logits exist only a slice at a time: a fused linear loss,
+    in torch. The gradient is formed while a slice's logits exist, so that no head product is computed twice;
+    the backward pass only scales it. fn: (logits_1, ..., logits_J, *rows) -> (loss, *terms), sums over
     its positions. sides: J pairs of hidden states (N, d_j) and heads (V_j, d_j). rows: (N, ...)."""
     hidden, heads = zip(*sides)
     # copies, at which a slice's backward pass ends
@@ -194,7 +193,7 @@ def sliced_loss(fn, sides, rows=(), max_logits=2 ** 24):
         totals = totals + torch.stack([x.detach().double() for x in sums])
         del logits, sums  # before the next ones are made
     loss, *terms = totals.unbind()
-    linear = torch.zeros_like(loss)  # in hidden and heads, with the gradient that is known as its slope
+    linear = torch.zeros_like(loss)  # in hidden and heads; its gradient is the one that is known
     for x, leaf in zip((*hidden, *heads), leaves):
         if leaf.grad is not None:
             linear = linear + torch.dot(x.flatten(), leaf.grad.flatten())
@@ -259,11 +258,18 @@ def dual_space_losses(
 
 # 6. Models: trunk, head and embeddings of any causal language model =========================================
 class InputError(ValueError):
-    """Bad settings, rows or models: `main` prints it in one line and ends with status 2."""
+    """Bad settings, rows, models, disks: `main` prints it in one line and ends with status 2."""
 
 def check(ok, where, found, expected):  # where: a flag, a model, or a file, its line and field
     if not ok:
         raise InputError(f"{where}: found {str(found)[:300]}, expected {expected}")
+
+@contextmanager
+def told(where):  # whatever fails in the block ends in one line, which begins with `where`
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{where}: {error}") from error
 
 def rank():  # of this process
     return dist.get_rank() if dist.is_initialized() else 0
@@ -326,7 +332,7 @@ def load_model(source, device, frozen=False):  # source: a folder or hub id; fro
         model.get_decoder().requires_grad_(True)
         head = model.get_output_embeddings().requires_grad_(True)
         own = model.generation_config.eos_token_id
-        # a single stop id may be a mere default of the config: it counts only if it is a special token
+        # a single stop id may be a mere default of the config: it counts only if it is an added token
         ends = own if isinstance(own, list) else {own} & tokenizer.added_tokens_decoder.keys()
         # try what all else relies on: equal up to 5 %, for bf16, and no nan
         ids = torch.tensor([20 * [end] + 8 * [1, 2] + 9 * [end]], device=device)
@@ -357,7 +363,7 @@ def check_readable(model, sequences, flags, more=0):  # lists of ids, `more` tok
     longest, highest = max(map(len, sequences)) + more, max(map(max, sequences))
     size = len(model.get_input_embeddings().weight)
     check(highest < size, model.name_or_path, f"the token {highest}", f"its {size} embeddings")
-    config = model.config.get_text_config()  # which has one name for this, but for MPT's
+    config = model.config.get_text_config()  # all but MPT's have one name for this
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", longest)
     check(longest <= limit, model.name_or_path, f"a row of {longest} tokens",
           f"its {limit} positions: lower {flags}")
@@ -388,11 +394,9 @@ END_MARKS = "<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "<|end
 def fetch(source):  # a local path, or ORG/DATASET/FILE of the hub, which is downloaded once
     if os.path.exists(source):
         return source
-    try:
+    with told(f"{source}: found no such file here, nor on the hub"):
         org, dataset, file = source.split("/", 2)
         return hf_hub_download(f"{org}/{dataset}", file, repo_type="dataset")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source}: found no such file here, nor on the hub ({error})") from error
 
 def alpaca_prompt(instruction, context):  # with or without a further context
     paired = ", paired with an input that provides further context" if context else ""
@@ -423,7 +427,7 @@ def read_rows(path, limit=None, marks=()):
     rows, unread = [], set()
     lines = Path(path).read_bytes().rstrip().split(b"\n")[:limit]
     for number, line in enumerate(lines, 1):
-        try:
+        with told(f"{path}, line {number}"):
             fields = {name: value for name, value in json.loads(line).items() if value not in (None, "")}
             take = lambda name, default=None: clean(fields.pop(name, default), name)  # what is left is unread
             output = fields.pop("output", [])
@@ -431,8 +435,6 @@ def read_rows(path, limit=None, marks=()):
             texts = [without_marks(clean(text, "output"), marks) for text in output if text is not None]
             prompt = take("prompt", "") or alpaca_prompt(take("instruction"), take("input", ""))
             teacher_prompt = take("teacher_prompt", "") or None
-        except (AttributeError, ValueError, RecursionError) as error:  # the first: it is no object
-            raise InputError(f"{path}, line {number}: {error}") from error
         texts = list(filter(str.strip, texts))
         if texts:
             rows.append(Row(prompt, texts, teacher_prompt))
@@ -442,12 +444,10 @@ def read_rows(path, limit=None, marks=()):
     check(rows, path, "no row with an output", "at least one")
     return rows
 
-def tokenize(tokenizer, text, **options):  # -> ids, and for each if it is not of the text, but added
-    try:
+def tokenize(tokenizer, text, **options):  # -> ids; for each, whether the tokenizer added it
+    with told(f"{tokenizer.name_or_path}: cannot read {text[:50]!r}"):  # not all have an unknown token
         found = tokenizer(text, return_special_tokens_mask=True, verbose=False, **options)
         return found["input_ids"], found["special_tokens_mask"]
-    except Exception as error:  # the text has what the tokenizer does not know, not even as unknown
-        raise InputError(f"{tokenizer.name_or_path}: cannot read {text[:50]!r} ({error})") from error
 
 def prompt_ids(tokenizer, prompt, limit=sys.maxsize):  # one that is longer than limit loses its beginning
     # NOT IN PAPER: the special tokens that the tokenizer puts in front of a text, never twice (departure 7)
@@ -462,14 +462,13 @@ def prompt_ids(tokenizer, prompt, limit=sys.maxsize):  # one that is longer than
 def pairs(rows, tokenizers, max_prompt=256, max_length=512,  # the student's tokenizer and maybe the teacher's
           annotate=None):  # (row, s, t, tokenizers) -> a list for s and one for t: a number a response token
     """A `Pair` for each row with room for a response, if the student's prompt is within max_prompt tokens."""
+    plain = dict(add_special_tokens=False, split_special_tokens=True)  # those that an answer spells are text
     kept = []
     for row in rows:
         sides = []
         for tokenizer, prompt in zip(tokenizers, (row.prompt, row.teacher_prompt or row.prompt)):
             asked = prompt_ids(tokenizer, prompt)
-            # special tokens that are spelt out in an answer are plain text
-            answer, _ = tokenize(
-                tokenizer, row.references[0], add_special_tokens=False, split_special_tokens=True)
+            answer, _ = tokenize(tokenizer, row.references[0], **plain)
             ids = asked + answer + [tokenizer.eos_token_id]
             sides.append(Example(ids[:max_length], len(asked)))
         if sides[0].start <= max_prompt and all(side.length > 0 for side in sides):
@@ -479,7 +478,7 @@ def pairs(rows, tokenizers, max_prompt=256, max_length=512,  # the student's tok
 
 def step_rows(data, batch_size, micro_batch, seed, step):  # step: 1, 2, ...
     """The micro-batches, lists of `Pair`s, of an optimiser step, fixed by data, seed and step."""
-    # NOT IN PAPER: whole steps alone; rows of like length together, so that little is padded (departure 6)
+    # NOT IN PAPER: whole steps only; rows of like length together, so that little is padded (departure 6)
     epoch, number = divmod(step - 1, len(data) // batch_size)
     order = np.random.default_rng((seed, epoch)).permutation(len(data))
     rows = [data[row] for row in order[number * batch_size:][:batch_size]]
@@ -513,7 +512,7 @@ class Distiller(nn.Module):
         self.teacher = self.proj = self.disc = None
         if teacher is not None:
             W_t = head_of(teacher).detach()
-            # what is left of it when it has read the rows; no module of this one, so not trained
+            # all that stays of it after `read_once`; no submodule, so not trained
             self.teacher = argparse.Namespace(embeddings=teacher.get_input_embeddings(), head=W_t)
             if self.projectors is not None:
                 self.proj = self.projectors(head_of(student).shape[1], W_t.shape[1])
@@ -558,26 +557,19 @@ NO_IDENTITY = """out name eval_only student teacher teacher_ready teacher_epochs
 def seed_torch(*numbers):  # by what is computed next: a restart draws the same numbers
     torch.manual_seed(np.random.SeedSequence(numbers).generate_state(1, np.uint64).item())
 
-def replace(path, save, content, writer=0):  # what save(content, path) writes takes, whole, the path's place
+def replace(path, save, content, writer=0):  # save(content, ...) writes beside path, then takes its place
     if rank() == writer:
         fresh = path.with_name(path.name + ".tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with told(f"{path} cannot be written"):  # torch and safetensors have errors of their own
             save(content, fresh)
-        except Exception as error:  # torch and safetensors have errors of their own for a full disk
-            raise OSError(f"{path} cannot be written ({error})") from error
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(fresh, path)
 
-def write_text(text, path):
-    path.write_text(text)
-
-def write_json(path, content):
-    replace(path, write_text, json.dumps(content, indent=1))
-
-def write_log(folder, log):
-    replace(folder / "log.jsonl", write_text, "\n".join(map(json.dumps, log)))
+def write_json(path, *contents, indent=1):  # several: one after the other
+    text = "\n".join([json.dumps(content, indent=indent) for content in contents])
+    replace(path, lambda text, fresh: fresh.write_text(text), text)
 
 def save_best(model, folder):  # for transformers' `from_pretrained`; and the projectors
     model.student.save_pretrained(folder)
@@ -595,6 +587,7 @@ def lock(folder):
     except BlockingIOError:
         say("waits for another command that works in", folder)
         fcntl.flock(file, fcntl.LOCK_EX)
+    gather()  # all processes wait with the first
     return file
 
 def fingerprint(content, tensors=()):  # digits that are equal if all of these are
@@ -639,31 +632,32 @@ def optimizer_for(model, args):  # AdamW; biases and norms are not decayed
 @torch.no_grad()
 def read_once(teacher, data, folder, device):
     """The `Pair`s with h^t at their response positions, as the teacher, a model, reads them. Each process
-    reads a share of the batches into files, which all map into memory: a node keeps one copy."""
+    reads a share of the batches into files that all load: one node maps them, and keeps one copy."""
     examples, states, home = [pair.t for pair in data], {}, folder / "states.tmp"
     size = sum(example.length for example in examples) * head_of(teacher)[0].nbytes
     say("the teacher's states take", size / 1e9, "GB of memory or disk")
+    # a mapped file that is removed stays readable on one node alone
+    one_node = os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE")  # by torchrun's words
     # batches depend on the rows alone: a restart computes the same numbers
     plan = batches([example.ids for example in examples], 16)
     try:
         for numbers in bar(plan[rank()::processes()], "the teacher reads the rows"):
             side = collate([examples[row] for row in numbers], device)
-            with autocast(device):
-                h = response_hidden(teacher, side)[side.mask].cpu()
+            h = response_hidden(teacher, side)[side.mask].cpu()  # in the dtype of its weights
             check(h.isfinite().all(), "the teacher's states", "one that is not finite", "numbers")
             part = dict(zip(numbers, h.split([examples[row].length for row in numbers])))
             replace(home / f"{numbers[0]}.pt", torch.save, part, rank())
         gather()
         for numbers in plan:
-            states |= torch.load(home / f"{numbers[0]}.pt", mmap=True)
+            states |= torch.load(home / f"{numbers[0]}.pt", mmap=one_node)
         gather()
     finally:
-        shutil.rmtree(home, ignore_errors=True)  # mapped files stay readable
+        shutil.rmtree(home, ignore_errors=True)
     return [Pair(s, t._replace(hidden=states[row])) for row, (s, t) in enumerate(data)]
 
 def gradient(model, micro_batches, step, args, device):  # lists of `Pair`s, of all processes
     """Leaves a step's gradient in the parameters; returns this process's share of the log's means."""
-    rows = sum(micro_batches, [])  # of all processes: how they are cut changes dropout and rounding alone
+    rows = sum(micro_batches, [])  # how they are cut changes dropout and rounding alone
     n_s = sum(pair.s.length for pair in rows)
     n_t = sum(pair.t.length for pair in rows if pair.t)
     shares = Counter()
@@ -720,7 +714,8 @@ def train(args, rows, folder, models, distiller=Distiller):
     micro_batch = min(args.micro_batch, batch_size // processes())  # each process gets one
     say(folder, "- steps:", total_steps, "done:", state["step"], "rows at a time:", micro_batch,
         "the student's parameters:", student.num_parameters(only_trainable=True))
-    write_log(folder, state["log"])  # this and args.json are for people: state.pt has what they say
+    # both are for people: state.pt has what they say
+    write_json(folder / "log.jsonl", *state["log"], indent=None)
     write_json(folder / "args.json", dict(identity=identity, command=sys.argv, args=vars(args)))
 
     # 2. the teacher reads each row once; from then on only its embeddings and head are needed
@@ -738,7 +733,7 @@ def train(args, rows, folder, models, distiller=Distiller):
             group["lr"] = 1e-7 + (group["peak"] - 1e-7) * cosine
         micro_batches = step_rows(data, batch_size, micro_batch, args.seed, step)
         shares.update(gradient(parallel, micro_batches, step, args, student.device))
-        if processes() > 1:  # DistributedDataParallel would not exchange the other gradients either
+        if processes() > 1:  # if one is missing, DistributedDataParallel leaves others unexchanged
             idle = [name for name, x in model.named_parameters() if x.requires_grad and x.grad is None]
             check(not idle, f"step {step}, in several processes", idle, "a gradient of every parameter")
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
@@ -769,9 +764,9 @@ def train(args, rows, folder, models, distiller=Distiller):
                 replace(best, save_best, model)
 
         # tell, and save what the next step depends on; after the last one, no optimiser
-        say(*[f"{name} {value:.3g}" for name, value in line.items()])
+        say(*[f"{name} {value:.4g}" for name, value in line.items()])
         state["log"].append(line)
-        write_log(folder, state["log"])
+        write_json(folder / "log.jsonl", *state["log"], indent=None)
         if saves:
             moments = optimizer.state_dict() if step < total_steps else None
             state |= dict(step=step, model=model.state_dict(), optimizer=moments)
@@ -795,7 +790,7 @@ def prompts_of(model, rows, args):  # as ids; InputError: no room for prompt and
 
 @torch.no_grad()
 def respond(model, rows, seed, args):
-    """A response to each row, and its ROUGE-L. Batches and seeds do not depend on the processes."""
+    """A response to each row, and its ROUGE-L. Batches and seeds are the same for any number of processes."""
     model.eval()
     prompts, end, found = prompts_of(model, rows, args), model.tokenizer.eos_token_id, []
     for batch in bar(batches(prompts, args.eval_batch)[rank()::processes()], "responses"):
@@ -818,7 +813,7 @@ def evaluate(args, source, model, tests, folder):
     seeds = args.eval_seeds if args.eval_temperature else args.eval_seeds[:1]  # else all are alike
     model.generation_config = decoding(model.generation_config.eos_token_id, model.tokenizer.eos_token_id,
                                        args.eval_temperature, args.no_repeat_ngram)
-    (folder / "eval.json").unlink(missing_ok=True)  # it is of predictions that are made anew
+    (folder / "eval.json").unlink(missing_ok=True)  # it is of the old predictions
     shutil.rmtree(folder / "predictions", ignore_errors=True)
     means = {}  # of each set, one a seed
     for name, rows in tests.items():
@@ -917,8 +912,7 @@ def experiment(args, device, distiller):
         usable = source and "/" not in name and name not in ("", "OOD", "All", *tests)
         check(usable, "--tests", item, "NAME=FILE; names differ, have no / and are not OOD or All")
         tests[name] = fetch(source)
-    if not args.eval_only:
-        source = fetch(f"{args.data}/raw.jsonl")
+    source = None if args.eval_only else fetch(f"{args.data}/raw.jsonl")
     models = [load_model(args.eval_only or args.student, device)]
     if taught:
         models.append(load_model(args.teacher, device, args.teacher_ready))
@@ -958,20 +952,18 @@ def experiment(args, device, distiller):
 def main(argv=None, parser=None, distiller=Distiller):
     """Runs a command line; returns what eval.json holds. parser, distiller: those of another method."""
     args = (parser or build_parser()).parse_args(argv)
-    logging.disable_progress_bar()  # transformers' own, as its warnings: what matters is refused
+    logging.disable_progress_bar()  # transformers' own; and its warnings: what matters is refused
     logging.set_verbosity_error()
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not know all characters
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # not every terminal knows them all
     try:
         check_settings(args)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if "RANK" in os.environ:
-            try:
+            with told("RANK is set, but not as torchrun sets it"):
                 dist.init_process_group(timeout=datetime.timedelta(hours=12))  # the first may save for long
-            except (ValueError, RuntimeError) as error:
-                raise InputError(f"RANK is set, but not as torchrun sets it: {error}") from error
         result = experiment(args, device, distiller)
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         print(f"dskd_ga.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
