@@ -895,7 +895,7 @@ def check_settings(args):  # what argparse lets through
         for number in np.ravel(value).tolist():  # of a list, each
             if type(number) in (int, float):  # no text, no switch
                 usable = 1e-30 < number < 1e15 or number == 0 and name in MAY_BE_ZERO
-                check(usable, "--" + name.replace("_", "-"), number, "over 0, or 0 if that is sensible")
+                check(usable, "--" + name.replace("_", "-"), number, "0, if sensible, or over 0 to 1e15")
     check(args.skew < 1, "--skew", args.skew, "0 to below 1")
     check(any(args.weights), "--weights", args.weights, "one that is not 0")
     check(args.no_repeat_ngram != 1, "--no-repeat-ngram", 1, "0, or 2 or more: padding would count")
