@@ -248,7 +248,7 @@ def dual_space_losses(
     # the heads of eq. (7): W^s learns through p^s alone, from CE and KD^{t->s}; the others are constant
     W_t = W_t.detach()
     loss_s, ce, ce_t2s, kd_t2s, n_correct = sliced_loss(
-        student_space, [(h_s[s.mask], W_s), (h_t2s[s.mask], W_s.detach())],           # (7)
+        student_space, [(h_s[s.mask], W_s), (h_t2s[s.mask], W_s.detach())],                   # (7)
         [s.targets[s.mask], a_t2s.any(2)[s.mask]])
     loss_t, kd_s2t = sliced_loss(
         teacher_space, [(h_t[t.mask], W_t), (h_s2t[t.mask], W_t)], [a_s2t.any(2)[t.mask]])
